@@ -1,0 +1,99 @@
+"""Sums, means and whitening over the true positions of a mask.
+
+Everywhere `where`, never multiplication: padding may hold inf or nan, and 0 * nan is nan.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Refuse tensors of unequal shapes, which would broadcast in silence."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"these tensors must have one shape, but have: {found}")
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `values` where `mask` is true.
+
+    Args:
+        values: any shape.
+        mask: bool, the shape of `values`.
+        dim: the dimension to sum over; None for all of them.
+    """
+    check_same_shape(values=values, mask=mask)
+    return torch.where(mask, values, 0.0).sum(dim=dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is true; 0 where a mask is empty. Arguments as for `masked_sum`."""
+    return masked_sum(values, mask, dim) / mask.sum(dim=dim).clamp(min=1)
+
+
+def last_true(mask: Tensor) -> Tensor:
+    """Mark the last true position of every row.
+
+    Args:
+        mask: [batch, time] bool.
+
+    Returns: [batch, time] bool, one true per row; none in a row whose mask is empty.
+    """
+    true_from_here_on = mask.flip(1).cumsum(1).flip(1)
+    return mask & (true_from_here_on == 1)
+
+
+def masked_power_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """Count, sum and sum of squares of `values` under `mask`: what ranks add up before they whiten.
+
+    Args:
+        values: any shape.
+        mask: bool, the shape of `values`.
+
+    Returns: [3] float64, because the variance is a small difference of large sums.
+    """
+    check_same_shape(values=values, mask=mask)
+    kept = torch.where(mask, values, 0.0).double()
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+
+
+def moments_from_power_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance from (count, sum, sum of squares); both 0 when the count is 0.
+
+    Args:
+        sums: [3] float64, as from `masked_power_sums`, added over ranks.
+    """
+    count = sums[0].clamp(min=1)
+    mean = sums[1] / count
+    variance = (sums[2] / count - mean.square()).clamp(min=0)
+    return mean, variance
+
+
+def masked_whiten(
+    values: Tensor,
+    mask: Tensor,
+    mean: Tensor | float | None = None,
+    variance: Tensor | float | None = None,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Scale `values` to variance 1 and, with `shift_mean`, move them to mean 0.
+
+    Args:
+        values: any shape.
+        mask: bool, the shape of `values`.
+        mean: scalar mean over all ranks; None for that of `values` under `mask`.
+        variance: scalar population variance over all ranks; None for that of `values` under `mask`.
+        shift_mean: False keeps the mean (rewards do, advantages do not).
+        eps: added to the variance.
+
+    Returns: the shape of `values`, 0 outside `mask`.
+    """
+    own_mean, own_variance = moments_from_power_sums(masked_power_sums(values, mask))
+    mean = torch.as_tensor(own_mean if mean is None else mean, dtype=values.dtype, device=values.device)
+    variance = torch.as_tensor(own_variance if variance is None else variance, dtype=values.dtype, device=values.device)
+    whitened = (values - mean) * torch.rsqrt(variance + eps)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, 0.0)
