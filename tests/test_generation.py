@@ -1,0 +1,436 @@
+"""Sampling: the tokens, their log-probabilities and their distribution, against transformers and by definition."""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.test_models import randomize_adapters
+from tests.tiny_models import CONFIGS
+from tests.tiny_tokenizers import EOS, NUM_SPECIAL, PAD, VOCAB_SIZE
+from training.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
+from training.data import collate
+from training.engine import backward_and_step, generation_mode, train_engine
+from training.forward import response_logprobs
+from training.generation.backends import GENERATORS
+from training.generation.hf import HuggingFaceGenerator
+from training.generation.interface import Completion, SamplingConfig
+from training.generation.sampler import restrict, sample_tokens
+from training.models import load_causal_lm
+
+ARCHITECTURES = sorted(CONFIGS)
+GREEDY = SamplingConfig(max_new_tokens=64, temperature=0.0)
+
+
+def generator_of(module: nn.Module, eos_ids: Sequence[int] = (EOS,), batch_size: int = 8) -> HuggingFaceGenerator:
+    @contextlib.contextmanager
+    def open_module() -> Iterator[nn.Module]:
+        with torch.no_grad():
+            yield module
+
+    return HuggingFaceGenerator(open_module, eos_ids, batch_size)
+
+
+def load(path: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(NUM_SPECIAL, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+PROMPTS = prompts(3, 17, 1, 9, 12)
+SEEDS = [101, 102, 103, 104, 105]
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_are_those_of_transformers(tiny_model: Callable[[str], str], architecture: str) -> None:
+    """G1: 64 tokens, prompts of unequal length, one by one on the other side; also beyond a sliding window."""
+    model: Any = load(tiny_model(architecture))
+    completions = generator_of(model).generate(PROMPTS, GREEDY, SEEDS)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )[0, len(prompt) :].tolist()
+        assert completion.response_ids == expected
+    assert max(len(completion.response_ids) for completion in completions) == 64
+    assert len({tuple(completion.response_ids) for completion in completions}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_samplers_logprobs_are_the_trainers(
+    tiny_model: Callable[[str], str], architecture: str, temperature: float
+) -> None:
+    """G2, F6"""
+    model = load(tiny_model(architecture))
+    sampling = SamplingConfig(max_new_tokens=40, temperature=temperature)
+    completions = generator_of(model).generate(PROMPTS, sampling, SEEDS)
+    rows = [
+        (prompt + c.response_ids, [False] * len(prompt) + [True] * len(c.response_ids))
+        for prompt, c in zip(PROMPTS, completions, strict=True)
+    ]
+    batch = collate(rows, PAD)
+    with torch.no_grad():
+        logprobs, _ = response_logprobs(model, batch, temperature)
+    assert len({token for c in completions for token in c.response_ids}) > 20
+    sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs])
+    torch.testing.assert_close(logprobs[batch.response_mask], sampled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_new_weights_are_used_after_a_step(tiny_model: Callable[[str], str], zero_stage: Any, lora: LoraConfig) -> None:
+    """G4"""
+    config = EngineConfig(zero_stage=zero_stage, precision="fp32")
+    loaded = load_causal_lm(ModelConfig(path=tiny_model("llama"), lora=lora), torch.float32)
+    randomize_adapters(loaded)
+    optim = OptimConfig(lr=0.03, warmup_fraction=0.0)
+    engine = train_engine(loaded, config, optim, micro_batch_size=1, train_batch_size=1, total_steps=10)
+    device = next(engine.module.parameters()).device
+    generator = HuggingFaceGenerator(lambda: generation_mode(engine), [EOS], batch_size=8)
+    before = generator.generate(PROMPTS, GREEDY, SEEDS)
+    backward_and_step(engine, engine(input_ids=torch.tensor([PROMPTS[1]], device=device)).logits[..., 7].sum())
+    after = generator.generate(PROMPTS, GREEDY, SEEDS)
+    assert after != before
+    ids = torch.tensor([PROMPTS[0]], device=device)
+    with torch.no_grad():
+        first = engine(input_ids=ids).logits[0, -1].argmax()  # by the trained weights, adapters not merged
+    assert after[0].response_ids[0] == int(first)
+
+
+def test_the_backend_has_a_name() -> None:
+    assert GENERATORS["hf"] is HuggingFaceGenerator
+
+
+# Rows, seeds and ends, on a model of a few words that is written down as a table
+
+
+class Chain(nn.Module):
+    """A language model in which the next token depends on the last one alone, by a table of logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(logits)
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids[:, -logits_to_keep:]])
+
+
+def always(successors: dict[int, int], size: int = 8) -> Chain:
+    """After each token the one that `successors` names, with certainty."""
+    logits = torch.full((size, size), -1e4)
+    for last, following in successors.items():
+        logits[last, following] = 0.0
+    return Chain(logits)
+
+
+COUNTING = always({i: (i + 1) % 8 for i in range(8)})  # 0 1 2 3 4 5 6 7 0 1 ...
+
+
+def test_eos_ends_a_row_and_is_part_of_it() -> None:
+    """F5"""
+    sampling = SamplingConfig(max_new_tokens=10)
+    completions = generator_of(COUNTING, eos_ids=[5]).generate([[0], [3, 3], [4]], sampling, [1, 2, 3])
+    assert completions == [
+        Completion([1, 2, 3, 4, 5], [0.0] * 5, True),
+        Completion([4, 5], [0.0] * 2, True),
+        Completion([5], [0.0], True),
+    ]
+
+
+def test_a_row_that_fills_the_limit_is_not_finished() -> None:
+    """F5, K7"""
+    sampling = SamplingConfig(max_new_tokens=3)
+    (long, exact) = generator_of(COUNTING, eos_ids=[5]).generate([[0], [2]], sampling, [1, 2])
+    assert long == Completion([1, 2, 3], [0.0] * 3, False)
+    assert exact == Completion([3, 4, 5], [0.0] * 3, True)
+
+
+def test_any_of_several_eos_ids_ends_a_row() -> None:
+    sampling = SamplingConfig(max_new_tokens=10)
+    completions = generator_of(COUNTING, eos_ids=[5, 2]).generate([[0], [3]], sampling, [1, 2])
+    assert [completion.response_ids for completion in completions] == [[1, 2], [4, 5]]
+    assert all(completion.finished for completion in completions)
+
+
+def test_an_eos_in_the_prompt_ends_nothing() -> None:
+    (completion,) = generator_of(COUNTING, eos_ids=[5]).generate([[5]], SamplingConfig(max_new_tokens=3), [1])
+    assert completion == Completion([6, 7, 0], [0.0] * 3, False)
+
+
+def test_no_eos_is_drawn_before_the_shortest_length() -> None:
+    logits = torch.full((4, 4), -1e4)
+    logits[:, 2], logits[:, 3], logits[:, 1] = 0.0, 0.0, -20.0  # 2 and 3 end; 1 is all but impossible
+    chain = Chain(logits)
+    for shortest in (0, 1, 4):
+        sampling = SamplingConfig(max_new_tokens=6, min_new_tokens=shortest)
+        for completion in generator_of(chain, eos_ids=[2, 3]).generate([[0]] * 20, sampling, list(range(20))):
+            assert completion.response_ids[:-1] == [1] * shortest
+            assert completion.response_ids[-1] in (2, 3)
+            # The log-probability is the one of what was drawn from: with EOS ruled out, token 1 was certain.
+            assert completion.logprobs == pytest.approx([0.0] * shortest + [math.log(0.5)], abs=1e-6)
+
+
+def test_rows_come_back_in_the_order_of_the_prompts() -> None:
+    starts = [[4, 4, 4], [1], [6, 6], [3], [2, 2, 2, 2]]
+    for batch_size in (1, 2, 5):
+        generator = generator_of(COUNTING, eos_ids=[7], batch_size=batch_size)
+        completions = generator.generate(starts, SamplingConfig(max_new_tokens=20), [0] * 5)
+        assert [completion.response_ids[0] for completion in completions] == [5, 2, 7, 4, 3]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "opt"])
+def test_a_row_does_not_depend_on_its_neighbours(tiny_model: Callable[[str], str], architecture: str) -> None:
+    """G5: alone, in any order, in batches of any size, and with neighbours that end early."""
+    model = load(tiny_model(architecture))
+    sampling = SamplingConfig(max_new_tokens=24, temperature=0.9)
+    # Many EOS ids: rows leave the batch at different times.
+    eos_ids = list(range(NUM_SPECIAL, NUM_SPECIAL + 20))
+    many, seeds = prompts(3, 17, 1, 9, 12, 2, 5, 5, seed=4), list(range(50, 58))
+    together = generator_of(model, eos_ids).generate(many, sampling, seeds)
+    assert len({len(completion.response_ids) for completion in together}) > 3
+    for batch_size in (1, 3):
+        others = generator_of(model, eos_ids, batch_size).generate(many, sampling, seeds)
+        assert_same(others, together)
+    order = [5, 2, 7, 0]
+    picked = generator_of(model, eos_ids).generate([many[i] for i in order], sampling, [seeds[i] for i in order])
+    assert_same(picked, [together[i] for i in order])
+
+
+def assert_same(completions: list[Completion], expected: list[Completion]) -> None:
+    for one, other in zip(completions, expected, strict=True):
+        assert one.response_ids == other.response_ids
+        assert one.finished == other.finished
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_equal_seeds_draw_the_same_and_others_do_not(tiny_model: Callable[[str], str]) -> None:
+    """O4"""
+    generator = generator_of(load(tiny_model("llama")))
+    sampling = SamplingConfig(max_new_tokens=16)
+    first = generator.generate([PROMPTS[0]] * 4, sampling, [7, 8, 7, 9])
+    torch.manual_seed(123)  # the state of the process plays no part
+    second = generator.generate([PROMPTS[0]] * 4, sampling, [7, 8, 7, 9])
+    assert first == second
+    assert first[0] == first[2]
+    assert len({tuple(completion.response_ids) for completion in first}) == 3
+
+
+# Distributions
+
+
+def distribution(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """What is to be sampled from, by its definition: no tensor, no code of the project."""
+    weights = [math.exp(logit / temperature) for logit in logits]
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    if top_k:
+        order = order[:top_k]
+    total = sum(weights[token] for token in order)
+    kept, reached = [], 0.0
+    for token in order:
+        kept.append(token)
+        reached += weights[token] / total
+        if reached >= top_p:
+            break
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(weights))]
+
+
+def assert_drawn_from(counts: Counter[int], expected: list[float]) -> None:
+    """Pearson's chi-squared test, at four standard deviations; the seeds are fixed, so it fails always or never."""
+    draws = counts.total()
+    assert all(expected[token] > 0 for token in counts)
+    cells: list[tuple[float, int]] = []
+    rest = [0.0, 0]
+    for token, probability in enumerate(expected):
+        if probability * draws >= 5:
+            cells.append((probability * draws, counts[token]))
+        else:  # a cell with few draws is not normal: pool them
+            rest = [rest[0] + probability * draws, rest[1] + counts[token]]
+    if rest[0] >= 5:
+        cells.append((rest[0], int(rest[1])))
+    statistic = sum((observed - mean) ** 2 / mean for mean, observed in cells)
+    degrees = len(cells) - 1
+    assert statistic <= degrees + 4 * math.sqrt(2 * degrees), (statistic, degrees)
+
+
+RESTRICTIONS = [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.7)]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), RESTRICTIONS)
+def test_tokens_of_a_tiny_vocabulary_come_as_often_as_they_should(top_k: int, top_p: float) -> None:
+    """G3: at temperature 0.7, every transition of a chain of 8 words."""
+    logits = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) * 1.5
+    sampling = SamplingConfig(max_new_tokens=10, temperature=0.7, top_k=top_k, top_p=top_p)
+    generator = generator_of(Chain(logits), eos_ids=[99], batch_size=1500)
+    completions = generator.generate([[row % 8] for row in range(1500)], sampling, list(range(1500)))
+    transitions: dict[int, Counter[int]] = {last: Counter() for last in range(8)}
+    expected = [distribution(row, 0.7, top_k, top_p) for row in logits.tolist()]
+    for row, completion in enumerate(completions):
+        last = row % 8
+        for token, logprob in zip(completion.response_ids, completion.logprobs, strict=True):
+            transitions[last][token] += 1
+            assert logprob == pytest.approx(math.log(expected[last][token]), abs=1e-4)
+            last = token
+    for last, counts in transitions.items():
+        assert_drawn_from(counts, expected[last])
+
+
+def test_the_chi_squared_test_would_notice_another_temperature() -> None:
+    logits = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) * 1.5
+    sampling = SamplingConfig(max_new_tokens=1, temperature=0.85)
+    completions = generator_of(Chain(logits), batch_size=4000).generate([[0]] * 4000, sampling, list(range(4000)))
+    counts = Counter(completion.response_ids[0] for completion in completions)
+    assert_drawn_from(counts, distribution(logits[0].tolist(), 0.85, 0, 1.0))
+    with pytest.raises(AssertionError):
+        assert_drawn_from(counts, distribution(logits[0].tolist(), 0.7, 0, 1.0))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (10, 0.9)])
+def test_tokens_of_a_transformer_come_as_often_as_they_should(
+    tiny_model: Callable[[str], str], top_k: int, top_p: float
+) -> None:
+    """G3"""
+    model = load(tiny_model("llama"))
+    sampling = SamplingConfig(max_new_tokens=1, temperature=0.7, top_k=top_k, top_p=top_p)
+    seeds = list(range(1000, 5000))
+    completions = generator_of(model, batch_size=4000).generate([PROMPTS[0]] * 4000, sampling, seeds)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].tolist()
+    counts = Counter(completion.response_ids[0] for completion in completions)
+    assert_drawn_from(counts, distribution(logits, 0.7, top_k, top_p))
+
+
+# The sampler by itself
+
+
+def logits_of(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> list[int]:
+    return restrict(logits, top_k, top_p)[0].isfinite().nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "tokens"),
+    [
+        (1e-9, [1]),  # never empty
+        (0.49, [1]),
+        (0.5, [1]),  # reached exactly: the smallest set has one token
+        (0.51, [1, 3]),
+        (0.75, [1, 3]),
+        (0.76, [1, 2, 3]),
+        (0.99, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, tokens: list[int]) -> None:
+    # Sixteenths, so that sums are exact.
+    assert kept(logits_of(1 / 16, 1 / 2, 3 / 16, 1 / 4), top_p=top_p) == tokens
+
+
+@pytest.mark.parametrize(("top_k", "tokens"), [(0, [0, 1, 2]), (1, [1]), (2, [1, 2]), (3, [0, 1, 2]), (99, [0, 1, 2])])
+def test_top_k_keeps_the_likeliest(top_k: int, tokens: list[int]) -> None:
+    assert kept(logits_of(0.1, 0.6, 0.3), top_k=top_k) == tokens
+
+
+def test_top_p_counts_probability_within_top_k() -> None:
+    # Of 0.4, 0.3, 0.2, 0.1 the first two stay; then 0.4 is 4/7 of what is left.
+    assert kept(logits_of(0.4, 0.3, 0.2, 0.1), top_k=2, top_p=0.55) == [0]
+    assert kept(logits_of(0.4, 0.3, 0.2, 0.1), top_p=0.55) == [0, 1]
+
+
+def test_without_restrictions_logits_stay_as_they_are() -> None:
+    logits = torch.randn(3, 7)
+    assert torch.equal(restrict(logits, 0, 1.0), logits)
+    assert torch.equal(restrict(logits, 7, 1.0), logits)
+
+
+def test_rows_are_restricted_each_by_itself() -> None:
+    logits = torch.cat([logits_of(0.9, 0.05, 0.05), logits_of(0.34, 0.33, 0.33)])
+    assert restrict(logits, 0, 0.9).isfinite().tolist() == [[True, False, False], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("uniform", "token"), [(0.0, 0), (0.249, 0), (0.25, 1), (0.374, 1), (0.376, 3), (0.999, 3), (1 - 2**-24, 3)]
+)
+def test_a_token_is_drawn_by_inverting_the_cumulative_distribution(uniform: float, token: int) -> None:
+    tokens, logprobs = sample_tokens(logits_of(0.25, 0.125, 0.0, 0.625), torch.tensor([uniform]), SamplingConfig())
+    assert tokens.tolist() == [token]
+    assert float(logprobs[0]) == pytest.approx(math.log([0.25, 0.125, 0.0, 0.625][token]), abs=1e-6)
+
+
+def test_a_token_that_is_ruled_out_is_never_drawn() -> None:
+    for probabilities in ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]):
+        for uniform in (0.0, 0.5 - 2**-25, 0.5, 1 - 2**-24):
+            tokens, logprobs = sample_tokens(logits_of(*probabilities), torch.tensor([uniform]), SamplingConfig())
+            assert probabilities[int(tokens)] > 0
+            assert logprobs.isfinite().all()
+
+
+def test_the_last_draw_of_a_large_vocabulary_is_not_past_its_end() -> None:
+    logits = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
+    logits[:, 40_000:] = -torch.inf  # the sum over 50,000 tokens rounds
+    tokens, logprobs = sample_tokens(logits, torch.full((64,), 1 - 2**-24), SamplingConfig())
+    assert (tokens < 40_000).all()
+    assert logprobs.isfinite().all()
+
+
+def test_temperature_0_takes_the_likeliest_and_reports_the_models_own_probability() -> None:
+    sampling = SamplingConfig(temperature=0.0, top_k=1, top_p=0.1)
+    tokens, logprobs = sample_tokens(logits_of(0.2, 0.5, 0.3), torch.tensor([0.99]), sampling)
+    assert tokens.tolist() == [1]
+    assert float(logprobs[0]) == pytest.approx(math.log(0.5), abs=1e-6)
+
+
+def test_the_temperature_divides_logits() -> None:
+    """F6"""
+    # At 1/2 probabilities are squared: 0.2, 0.8 become 0.04, 0.64 of 0.68.
+    sampling = SamplingConfig(temperature=0.5)
+    _, logprobs = sample_tokens(logits_of(0.2, 0.8), torch.tensor([0.5]), sampling)
+    assert float(logprobs[0]) == pytest.approx(math.log(0.64 / 0.68), abs=1e-6)
+
+
+def test_logprobs_of_bf16_logits_are_computed_in_float32() -> None:
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    uniforms = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingConfig(temperature=0.7))
+    expected = (logits.double() / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "from 0 to max_new_tokens"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+    ],
+)
+def test_impossible_sampling_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**options)

@@ -1,0 +1,5 @@
+"""The rollout backends by name."""
+
+from training.generation.hf import HuggingFaceGenerator
+
+GENERATORS = {"hf": HuggingFaceGenerator}
