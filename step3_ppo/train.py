@@ -1,0 +1,171 @@
+"""Step 3: PPO from a score. Run by `deepspeed --module step3_ppo.train --config FILE`, or by `python -m`."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from step3_ppo.check import start_up_check
+from step3_ppo.config import PpoConfig
+from step3_ppo.ema import MovingAverage
+from step3_ppo.evaluate import Sample, compare, sample_held_out
+from step3_ppo.models import Models, critic_source, load_models
+from step3_ppo.ppo import update
+from step3_ppo.rollout import PhaseTimer, Rollout, make_experience, row_seeds, sample_responses
+from training import distributed
+from training.checkpoint import export
+from training.config import DataConfig
+from training.config_files import load_config, save_config
+from training.data import Batch, collate, sample_index
+from training.examples import PromptExample, build_demonstrations, build_prompts, describe_counts
+from training.loop import own_steps, peak_memory_gib
+from training.masking import masked_mean
+from training.metrics import MetricsLogger, write_json
+from training.models import load_tokenizer
+from training.rewards import AdaptiveKLController, FixedKLController
+
+KLController = FixedKLController | AdaptiveKLController
+
+
+def main() -> None:
+    started = time.monotonic()
+    config = load_config(PpoConfig)
+    distributed.start(config.run.timeout_minutes)
+    distributed.seed_everything(config.run.seed, rank=0)  # ranks must draw the same new weights
+    output = Path(config.run.output_dir)
+    if distributed.is_main():
+        save_config(config, output / "config.yaml")
+
+    tokenizer = load_tokenizer(config.actor)
+    prompts, held_out, counts = build_prompts(config.data, tokenizer)
+    demonstrations = ptx_batches(config, tokenizer) if config.ptx.coefficient > 0 else None
+    models = load_models(config, tokenizer)
+    distributed.seed_everything(config.run.seed, distributed.rank())
+    average = MovingAverage(models.actor.module, config.ema_decay) if config.ema_decay > 0 else None
+    controller = kl_controller(config)
+    phase_seconds: Counter[str] = Counter()
+    logger = MetricsLogger(output, config.iterations, config.run, distributed.is_main())
+    logger.event(describe_counts(counts))
+
+    before = sample_held_out(models, held_out, config)
+    for iteration in range(config.iterations):
+        timer = PhaseTimer()
+        rollout = collect(models, prompts, config, iteration, timer)
+        if iteration == 0:
+            logger.event(start_up_check(models, rollout, config, timer))
+        experience, kl = make_experience(rollout, config, controller.coefficient)
+        with timer.phase("train"):
+            metrics = update(models, experience, config, iteration, demonstrations, average)
+        metrics = rollout_metrics(rollout, kl, controller.coefficient) | metrics
+        controller.update(metrics["rollout/kl"], config.responses)
+        phase_seconds.update(timer.seconds)
+        tokens = distributed.sum_over_ranks(rollout.batch.attention_mask.sum())
+        logger.log(iteration + 1, metrics | phase_metrics(timer), tokens=int(tokens))
+    after = sample_held_out(models, held_out, config)
+
+    export(models.actor, output / "final" / "actor", models.tokenizer, config.actor, ema_weights(average))
+    if models.critic is not None:
+        export(models.critic, output / "final" / "critic", models.tokenizer, critic_source(config))
+    results = compare(before, after, models.score_scale) | {
+        "data": counts,
+        "iterations": config.iterations,
+        "tokens": logger.tokens,
+        "seconds": time.monotonic() - started,
+        "phase_seconds": dict(phase_seconds),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    if distributed.is_main():
+        write_samples(output / "samples.jsonl", before, after, config.samples_shown)
+        write_json(output / "results.json", results)
+    logger.event(
+        f"held-out score {results['score_before']['mean']:.3f} -> {results['score_after']['mean']:.3f}, "
+        f"win rate {results['win_rate']['value']:.0%}, KL {results['kl']:.2f} nats; saved {output / 'final'}"
+    )
+    logger.close()
+    distributed.stop()
+
+
+def collect(
+    models: Models, prompts: list[PromptExample], config: PpoConfig, iteration: int, timer: PhaseTimer
+) -> Rollout:
+    """This rank's share of the iteration's prompts, answered and scored."""
+    share = config.rollout_batch_size // distributed.world_size()
+    first = iteration * config.rollout_batch_size + distributed.rank() * share
+    positions = range(first, first + share)
+    chosen = [prompts[sample_index(position, len(prompts), config.run.seed)] for position in positions]
+    seeds = row_seeds(config.run.seed, "rollout", positions, config.samples_per_prompt)
+    return sample_responses(
+        models, chosen, config.sampling, seeds, config.samples_per_prompt, config.micro_batch_size, timer
+    )
+
+
+def kl_controller(config: PpoConfig) -> KLController:
+    if config.kl.adaptive:
+        return AdaptiveKLController(config.kl.coefficient, config.kl.target, config.kl.horizon)
+    return FixedKLController(config.kl.coefficient)
+
+
+def ptx_batches(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Batch]]:
+    """Step 1's demonstrations, as many per optimizer step as there are responses."""
+    data = DataConfig(
+        paths=config.ptx.paths,
+        format=config.ptx.format,
+        template=config.data.template,
+        eval_size=0,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=config.data.max_response_tokens,
+    )
+    dataset, _, _ = build_demonstrations(data, tokenizer)
+    return own_steps(
+        dataset,
+        partial(collate, pad_id=tokenizer.pad_token_id),
+        train_batch_size=config.train_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.run.seed,
+        num_steps=config.iterations * config.steps_per_iteration,
+    )
+
+
+def rollout_metrics(rollout: Rollout, kl: torch.Tensor, kl_coefficient: float) -> dict[str, float]:
+    """What the rollout says of the actor, averaged over all ranks."""
+    gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
+    means = {
+        "rollout/score_mean": rollout.scores.mean(),
+        "rollout/score_squared": rollout.scores.square().mean(),
+        "rollout/kl": rollout.sequence_kl.mean(),
+        "rollout/kl_penalty": kl_coefficient * kl.sum(1).mean(),
+        "rollout/response_tokens": rollout.mask.sum(1).float().mean(),
+        "rollout/eos_share": rollout.finished.float().mean(),
+        "rollout/logprob_gap": masked_mean(gap, rollout.mask),
+        "rollout/sequence_logprob": torch.where(rollout.mask, rollout.logprobs, 0.0).sum(1).mean(),
+    }
+    # Ranks hold equally many rows, so the mean of their means is the mean.
+    total = distributed.sum_over_ranks(torch.stack([value.double() for value in means.values()]))
+    metrics = dict(zip(means, (total / distributed.world_size()).tolist(), strict=True))
+    variance = metrics.pop("rollout/score_squared") - metrics["rollout/score_mean"] ** 2
+    return metrics | {"rollout/score_std": max(variance, 0.0) ** 0.5, "rollout/kl_coefficient": kl_coefficient}
+
+
+def phase_metrics(timer: PhaseTimer) -> dict[str, float]:
+    """Seconds of each phase, on the main rank."""
+    return {f"seconds/{name}": seconds for name, seconds in timer.seconds.items()}
+
+
+def ema_weights(average: MovingAverage | None) -> dict[str, torch.Tensor] | None:
+    return None if average is None else average.whole_weights()
+
+
+def write_samples(path: Path, before: list[Sample], after: list[Sample], count: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for phase, samples in (("before", before), ("after", after)):
+            for sample in samples[:count]:
+                file.write(json.dumps({"phase": phase, **vars(sample)}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    distributed.run(main)

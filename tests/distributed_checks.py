@@ -1,0 +1,362 @@
+"""What must hold over several ranks, in one launch: each check below is run by every rank, for `test_distributed.py`.
+
+The expected side is plain torch on the whole batch, which every rank computes for itself.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from step1_sft.train import demonstration_loss, held_out_loss
+from step2_reward.evaluate import compare_held_out
+from step2_reward.train import preference_loss
+from step3_ppo.config import PpoConfig, RewardModelConfig
+from step3_ppo.ema import MovingAverage
+from step3_ppo.ppo import actor_loss, critic_loss, update
+from step3_ppo.rollout import Experience, whiten_over_ranks
+from tests.tiny_models import save_tiny_model
+from tests.tiny_runs import SPLIT_EVERYTHING
+from tests.tiny_tokenizers import build_tokenizer
+from training import distributed
+from training.checkpoint import export, whole
+from training.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
+from training.data import collate, collate_pairs, train_batches
+from training.engine import backward_and_step, generation_mode, loading_options, train_engine
+from training.examples import PreferenceDataset, PreferenceRows, TokenizedDataset
+from training.forward import response_logprobs, reward_scores
+from training.generation.hf import HuggingFaceGenerator
+from training.generation.interface import SamplingConfig
+from training.loop import fit
+from training.metrics import MetricsLogger
+from training.models import load_causal_lm, load_scalar_model
+from training.optim import lr_lambda
+
+OPTIM = OptimConfig(lr=1e-3, schedule="linear")
+STEPS, TRAIN_BATCH, MICRO_BATCH = 4, 8, 2
+PAD = 2
+RAW_OPTIONS = "deepspeed.json"
+
+
+def engine_config(zero_stage: int, folder: Path) -> EngineConfig:
+    raw = folder / RAW_OPTIONS
+    return EngineConfig(zero_stage=zero_stage, precision="fp32", deepspeed_config=str(raw))  # type: ignore[arg-type]
+
+
+def build_engine(loader: Callable[..., nn.Module], zero_stage: int, folder: Path) -> Any:
+    config = engine_config(zero_stage, folder)
+    model = loader(ModelConfig(path=str(folder / "model")), torch.float32, loading_options(config, zero_stage))
+    return train_engine(
+        model, config, OPTIM, micro_batch_size=MICRO_BATCH, train_batch_size=TRAIN_BATCH, total_steps=STEPS
+    )
+
+
+causal_lm = load_causal_lm
+scalar_model = partial(load_scalar_model, head="normal")
+
+
+def plain(loader: Callable[..., nn.Module], folder: Path) -> nn.Module:
+    return loader(ModelConfig(path=str(folder / "model")), torch.float32)
+
+
+def rows(count: int, seed: int = 0) -> list[tuple[list[int], list[bool]]]:
+    """Sequences of very unequal lengths: 3 to 40 tokens."""
+    draw = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        prompt, response = int(draw.integers(1, 20)), int(draw.integers(2, 21))
+        ids = draw.integers(5, 261, prompt + response).tolist()
+        result.append((ids, [False] * prompt + [True] * response))
+    return result
+
+
+def preferences(count: int) -> PreferenceDataset:
+    """Pairs and rankings of three by turns."""
+    draw = np.random.default_rng(1)
+    sizes = [2 + index % 2 for index in range(count)]
+    return PreferenceDataset([PreferenceRows(rows(size, int(draw.integers(1 << 30))), 0.1) for size in sizes])  # type: ignore[arg-type]
+
+
+def whole_weights(engine: Any) -> dict[str, Tensor]:
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with whole(parameter):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        difference = float((ours[name] - theirs[name].detach()).abs().max())
+        assert difference <= atol, f"{name} differs by {difference}"
+
+
+def fit_like_plain_torch(
+    folder: Path, zero_stage: int, loader: Any, dataset: Any, collate_fn: Any, loss_fn: Any, count_fn: Any
+) -> None:
+    """`fit` on all ranks ends with the weights of a plain loop over whole batches."""
+    batches = partial(train_batches, dataset, collate_fn, train_batch_size=TRAIN_BATCH, seed=3, num_steps=STEPS)
+    engine = build_engine(loader, zero_stage, folder)
+    own = batches(micro_batch_size=MICRO_BATCH, rank=distributed.rank(), world_size=distributed.world_size())
+    config = RunConfig(output_dir=str(folder / "run"))
+    logger = MetricsLogger(folder / "run", STEPS, config, is_main=distributed.is_main())
+    fit(engine, own, loss_fn, count_fn, logger, log_every=1, evaluate=dict)
+
+    model = plain(loader, folder).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda(OPTIM, STEPS))
+    for (batch,) in batches(micro_batch_size=TRAIN_BATCH, rank=0, world_size=1):
+        loss, _ = loss_fn(model, batch, count_fn(batch))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert_same(whole_weights(engine), dict(model.named_parameters()), atol=2e-5)
+
+
+def sft_on_two_ranks_equals_one(folder: Path, zero_stage: int) -> None:
+    dataset = TokenizedDataset(rows(21))
+    fit_like_plain_torch(
+        folder,
+        zero_stage,
+        causal_lm,
+        dataset,
+        partial(collate, pad_id=PAD),
+        demonstration_loss,
+        lambda batch: batch.response_mask.sum(),
+    )
+
+
+def reward_model_on_two_ranks_equals_one(folder: Path, zero_stage: int) -> None:
+    loss_fn = partial(preference_loss, centring=0.01, use_margins=True)
+    fit_like_plain_torch(
+        folder,
+        zero_stage,
+        scalar_model,
+        preferences(13),
+        partial(collate_pairs, pad_id=PAD),
+        loss_fn,
+        lambda pairs: pairs.weights.sum(),
+    )
+
+
+def whitening_counts_the_tokens_of_all_ranks(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (2, 9)]  # other shapes on each rank
+    values = [torch.randn(shape, generator=generator) * 3 + 1 for shape in shapes]
+    masks = [torch.rand(shape, generator=generator) < 0.6 for shape in shapes]
+    rank = distributed.rank()
+    tokens = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
+    mean, deviation = tokens.mean(), (tokens - tokens.mean()).square().mean().sqrt()
+    for shift_mean in (True, False):
+        whitened = whiten_over_ranks(values[rank], masks[rank], shift_mean=shift_mean)
+        expected = (values[rank] - mean) / deviation + (0 if shift_mean else mean)
+        torch.testing.assert_close(whitened, torch.where(masks[rank], expected, 0.0), atol=1e-6, rtol=0)
+
+
+def ppo_config(folder: Path, **changes: Any) -> PpoConfig:
+    return PpoConfig(
+        actor=ModelConfig(path="unused"),
+        data=DataConfig(paths=("unused.jsonl",), format="prompt"),
+        run=RunConfig(output_dir=str(folder)),
+        reward=RewardModelConfig(function="unused:unused"),
+        rollout_batch_size=TRAIN_BATCH,
+        train_batch_size=TRAIN_BATCH,
+        micro_batch_size=MICRO_BATCH,
+        **changes,
+    )
+
+
+def experience(seed: int, count: int, width: int) -> Experience:
+    """Made-up experience whose response tokens number between 1 and `width` in each row."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, width + 1, (count,), generator=draw).tolist()
+    sequences = [([7 + i for i in range(3 + n)], [False] * 3 + [True] * n) for n in lengths]
+    batch = collate(sequences, pad_id=PAD)
+    values = [torch.randn(batch.input_ids.shape, generator=draw) for _ in range(5)]
+    return Experience(batch, values[0] - 5, values[1] - 5, values[2], values[3], values[4])
+
+
+def losses_do_not_depend_on_how_tokens_fall_to_ranks(folder: Path, zero_stage: int) -> None:
+    share = TRAIN_BATCH // distributed.world_size()
+    shares = [experience(0, share, width=2), experience(1, share, width=30)]
+    config = ppo_config(folder, entropy_coefficient=0.1, value_clip=None)
+    denominator = torch.stack([part.batch.response_mask.sum() for part in shares]).sum()
+    without_ptx = partial(actor_loss, ptx_batch=None, ptx_count=None)
+    cases: list[tuple[Any, Any]] = [(causal_lm, without_ptx), (scalar_model, critic_loss)]
+    for loader, loss_of in cases:
+        engine = build_engine(loader, zero_stage, folder)
+        take_step, engine.step = engine.step, lambda: None
+        models = SimpleNamespace(actor=engine, critic=engine)
+        own = shares[distributed.rank()]
+        for part in torch.arange(share).split(MICRO_BATCH):
+            loss, _ = loss_of(models, own.rows(part), config, denominator)
+            engine.set_gradient_accumulation_boundary(bool(part[-1] == share - 1))
+            backward_and_step(engine, loss)
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
+        engine.step = take_step
+
+        model = plain(loader, folder)
+        models = SimpleNamespace(actor=model, critic=model)
+        torch.stack([loss_of(models, part, config, denominator)[0] for part in shares]).sum().backward()
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert_same(gradients, expected, atol=2e-5)
+
+
+def generation_under_zero_3_does_not_wait_for_other_ranks(folder: Path) -> None:
+    draw = np.random.default_rng(distributed.rank())
+    lengths = [[3], [60, 1, 33, 7, 2]][distributed.rank()]
+    prompts = [draw.integers(5, 261, length).tolist() for length in lengths]
+    sampling = SamplingConfig(max_new_tokens=24)
+    seeds = list(range(len(prompts)))
+    engine = build_engine(causal_lm, 3, folder)
+    eos_ids = list(range(5, 30))  # so that rows end early, and at different times
+    generator = HuggingFaceGenerator(partial(generation_mode, engine), eos_ids, batch_size=2)
+    found = generator.generate(prompts, sampling, seeds)
+    model = plain(causal_lm, folder).eval().requires_grad_(False)
+    alone = HuggingFaceGenerator(lambda: contextlib.nullcontext(model), eos_ids, batch_size=8)
+    expected = alone.generate(prompts, sampling, seeds)
+    assert [row.response_ids for row in found] == [row.response_ids for row in expected]
+    counts = distributed.gather_objects([len(row.response_ids) for row in found])
+    assert len({count for own in counts for count in own}) > 1, counts
+    # Training goes on as if nothing had been generated.
+    batch = collate(rows(2), pad_id=PAD)
+    ours, _ = response_logprobs(engine, batch)
+    theirs, _ = response_logprobs(model, batch)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def every_held_out_example_counts_once(folder: Path) -> None:
+    examples = rows(7)
+    engine = build_engine(causal_lm, 3, folder)
+    found = held_out_loss(engine, TokenizedDataset(examples), partial(collate, pad_id=PAD), MICRO_BATCH)
+    batch = collate(examples, pad_id=PAD)
+    logprobs, _ = response_logprobs(plain(causal_lm, folder), batch)
+    assert abs(found["loss"] + float(logprobs[batch.response_mask].detach().mean())) < 1e-5
+
+    data = preferences(5)
+    engine = build_engine(scalar_model, 3, folder)
+    compared = compare_held_out(engine, data, partial(collate_pairs, pad_id=PAD), MICRO_BATCH)
+    pairs = collate_pairs([data[index] for index in range(5)], pad_id=PAD)
+    scores = reward_scores(plain(scalar_model, folder), pairs.batch)
+    expected = sorted((scores[pairs.better] - scores[pairs.worse]).tolist())
+    assert np.allclose(sorted(compared.differences), expected, atol=1e-5)
+
+
+def a_moving_average_over_shards_is_that_of_the_weights(folder: Path) -> None:
+    decay = 0.8
+    for zero_stage in (0, 3):
+        engine = build_engine(causal_lm, zero_stage, folder)
+        average = MovingAverage(engine.module, decay)
+        expected = whole_weights(engine)
+        data = TokenizedDataset(rows(16))
+        share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        batches = train_batches(
+            data,
+            partial(collate, pad_id=PAD),
+            train_batch_size=TRAIN_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            seed=0,
+            num_steps=3,
+            **share,
+        )
+        for micro_batches in batches:
+            for batch in micro_batches:
+                backward_and_step(engine, demonstration_loss(engine, batch, torch.tensor(100.0))[0])
+            average.update()
+            weights = whole_weights(engine)
+            expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in expected}
+        found = average.whole_weights()
+        if distributed.is_main():
+            assert_same(found, expected, atol=1e-6)
+        else:
+            assert found == {}
+
+
+def all_ranks_stop_when_one_has_moved_too_far(folder: Path) -> None:
+    share = TRAIN_BATCH // distributed.world_size()
+    actor = build_engine(causal_lm, 2, folder)
+    own = experience(distributed.rank(), share, width=6)
+    with torch.no_grad():
+        now, _ = response_logprobs(actor, own.batch)
+    # On rank 1 alone the policy is far from where it sampled.
+    own = Experience(own.batch, now - 3.0 * distributed.rank(), now, own.advantages, None, own.returns)
+    models: Any = SimpleNamespace(actor=actor, critic=None)
+    config = ppo_config(folder, estimator="reinforce_pp", ppo_epochs=3, target_kl=0.1)
+    metrics = update(models, own, config, 0, None, None)
+    assert (metrics["ppo/steps"], metrics["ppo/stopped_early"]) == (1, 1.0)
+    config = ppo_config(folder, estimator="reinforce_pp", ppo_epochs=3, target_kl=100.0)
+    metrics = update(models, own, config, 0, None, None)
+    assert (metrics["ppo/steps"], metrics["ppo/stopped_early"]) == (3, 0.0)
+
+
+def tied_embeddings_are_exported_from_shards(folder: Path) -> None:
+    engine = build_engine(causal_lm, 3, folder)
+    target = folder / "exported"
+    export(engine, target, build_tokenizer(eos="<eos>"), ModelConfig(path=str(folder / "model")))
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.config.tie_word_embeddings
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert_same(dict(loaded.named_parameters()), dict(plain(causal_lm, folder).named_parameters()), atol=0)
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "sft_zero0": partial(sft_on_two_ranks_equals_one, zero_stage=0),
+    "sft_zero3": partial(sft_on_two_ranks_equals_one, zero_stage=3),
+    "reward_zero0": partial(reward_model_on_two_ranks_equals_one, zero_stage=0),
+    "reward_zero2": partial(reward_model_on_two_ranks_equals_one, zero_stage=2),
+    "whitening": whitening_counts_the_tokens_of_all_ranks,
+    "losses_zero0": partial(losses_do_not_depend_on_how_tokens_fall_to_ranks, zero_stage=0),
+    "losses_zero3": partial(losses_do_not_depend_on_how_tokens_fall_to_ranks, zero_stage=3),
+    "generation": generation_under_zero_3_does_not_wait_for_other_ranks,
+    "held_out": every_held_out_example_counts_once,
+    "moving_average": a_moving_average_over_shards_is_that_of_the_weights,
+    "early_stop": all_ranks_stop_when_one_has_moved_too_far,
+    "tied_export": tied_embeddings_are_exported_from_shards,
+}
+
+
+def outcomes(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Each check with the tracebacks of the ranks that it failed on, or nothing."""
+    for name in names:
+        failure = ""
+        try:
+            CHECKS[name](folder)
+        except Exception:  # a failed check must not keep the others from running
+            failure = f"rank {distributed.rank()}: {traceback.format_exc()}"
+            print(failure, file=sys.stderr, flush=True)  # in case the other ranks now wait for this one
+        yield name, "".join(distributed.gather_objects(failure))
+
+
+def main() -> None:
+    """Prints one line of JSON for each check. Arguments: names of checks, none for all."""
+    distributed.start(timeout_minutes=1)
+    own = tempfile.TemporaryDirectory()
+    folder = Path(distributed.gather_objects(own.name)[0])
+    if distributed.is_main():
+        save_tiny_model(folder / "model", hidden_scale=1.5)
+        (folder / RAW_OPTIONS).write_text(json.dumps(SPLIT_EVERYTHING))
+    distributed.barrier()
+    for name, failure in outcomes(folder, sys.argv[1:] or list(CHECKS)):
+        if distributed.is_main():
+            print(json.dumps({"check": name, "failure": failure}), flush=True)
+    distributed.stop()
+    own.cleanup()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Start programs of this project as a user does: under DeepSpeed's launcher, under torchrun, or alone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def under_deepspeed(module: str, *arguments: str, processes: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    ranks = ["--num_gpus", str(processes), "--master_port", str(free_port())]
+    return [*launcher, *ranks, "--module", module, *arguments]
+
+
+def under_torchrun(module: str, *arguments: str, processes: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, "--module", module, *arguments]
+
+
+def alone(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def run(command: Sequence[str], timeout_seconds: float) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; with all that it started it is killed when the time is over."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"{' '.join(command)} ran past {timeout_seconds} s\n{stdout}\n{stderr}") from None
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def run_well(command: Sequence[str], timeout_seconds: float = 180) -> str:
+    """Runs a command that must succeed; returns what it printed."""
+    result = run(command, timeout_seconds)
+    assert result.returncode == 0, f"{' '.join(command)} ended with {result.returncode}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def environment() -> Mapping[str, str]:
+    """This process's variables without a launcher's, on the CPU with one thread for each process."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,807 @@
+"""Step 3 on tiny models: what must hold before, during and after its updates."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from step3_ppo.check import start_up_check
+from step3_ppo.config import CriticConfig, KlConfig, PpoConfig, RewardModelConfig
+from step3_ppo.ema import MovingAverage
+from step3_ppo.evaluate import Sample, compare, distinct_2, sample_held_out, win_rate
+from step3_ppo.models import Models, load_models
+from step3_ppo.ppo import actor_loss, minibatches, update
+from step3_ppo.rollout import Experience, PhaseTimer, Rollout, make_experience, row_seeds
+from step3_ppo.scoring import function_scorer, model_scorer, retokenizing_scorer
+from step3_ppo.train import collect, kl_controller, rollout_metrics
+from tests.tiny_models import save_tiny_model
+from tests.tiny_tokenizers import EOS, PAD, build_tokenizer, byte_ids
+from training.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
+from training.data import Batch, collate
+from training.engine import frozen_engine
+from training.examples import PromptExample
+from training.forward import response_logprobs
+from training.generation.interface import Completion, SamplingConfig
+from training.models import load_causal_lm, load_scalar_model, load_tokenizer
+from training.rewards import AdaptiveKLController, FixedKLController
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+PROMPTS = [
+    PromptExample(byte_ids(text), text, {"prompt": text, "row": row}, f"prompts.jsonl:{row + 1}")
+    for row, text in enumerate(["a film", "so", "it was", "the end of the", "b", "why", "good?", "oh no"])
+]
+TOKENIZER = build_tokenizer(eos="<eos>")
+SLOW = OptimConfig(lr=1e-30, schedule="constant", warmup_fraction=0.0)  # moves nothing: a learning rate of 0 is refused
+FAST = OptimConfig(lr=3e-3, schedule="constant", warmup_fraction=0.0, eps=1e-5)
+
+Folders = Callable[[str], str]
+
+
+@pytest.fixture
+def make_config(tiny_model: Folders, tiny_reward_model: Folders) -> Callable[..., PpoConfig]:
+    def make(architecture: str = "llama", lora: LoraConfig | None = None, **options: Any) -> PpoConfig:
+        defaults: dict[str, Any] = {
+            "actor": ModelConfig(path=tiny_model(architecture), lora=lora or LoraConfig()),
+            "data": DataConfig(paths=("prompts.jsonl",), format="prompt", template="plain"),
+            "run": RunConfig(output_dir="unused"),
+            "reward": RewardModelConfig(path=tiny_reward_model("llama")),
+            "engine": EngineConfig(zero_stage=0, precision="fp32"),
+            "actor_optim": FAST,
+            "critic_optim": FAST,
+            "sampling": SamplingConfig(max_new_tokens=8, temperature=0.7),
+            "iterations": 4,
+            "rollout_batch_size": 8,
+            "train_batch_size": 4,
+            "micro_batch_size": 2,
+        }
+        return PpoConfig(**(defaults | options))
+
+    return make
+
+
+def load(config: PpoConfig) -> Any:
+    return load_models(config, load_tokenizer(config.actor))
+
+
+def start(config: PpoConfig) -> tuple[Any, Rollout, Experience]:
+    """The models of a run and its first rollout."""
+    models = load(config)
+    rollout = collect(models, PROMPTS, config, 0, PhaseTimer())
+    return models, rollout, make_experience(rollout, config, config.kl.coefficient)[0]
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# The start-up check
+
+
+def check(models: Models, rollout: Rollout, config: PpoConfig) -> str:
+    timer = PhaseTimer()
+    timer.seconds = {"generate": 2.0, "score": 1.0}
+    return start_up_check(models, rollout, config, timer)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_before_the_first_update_ratio_is_1_and_kl_is_0(
+    make_config: Callable[..., PpoConfig], architecture: str, lora: LoraConfig
+) -> None:
+    """L1, K2, F7, F9"""
+    config = make_config(architecture, lora)
+    models, rollout, _ = start(config)
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    line = check(models, rollout, config)
+    assert "ratio 1.0000, kl 0.0000, sampler gap mean 0.0000" in line
+    tokens = sum(len(completion.response_ids) for completion in rollout.completions)
+    assert f"generate {tokens / 2:.0f} tokens/s" in line
+
+
+def test_dropout_fails_the_check_and_is_named(make_config: Callable[..., PpoConfig]) -> None:
+    """L1, F7"""
+    config = make_config("gpt2")
+    models = load(config)
+    dropouts = [module for module in models.actor.module.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts
+    for module in dropouts:
+        module.p = 0.3
+    rollout = collect(models, PROMPTS, config, 0, PhaseTimer())
+    with pytest.raises(RuntimeError, match=r"log-ratios differ from 0 .*dropout"):
+        check(models, rollout, config)
+
+
+class Opened:
+    """A context that gives what it was made with."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __enter__(self) -> Any:
+        return self.value
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def test_a_wrong_reference_fails_the_check(make_config: Callable[..., PpoConfig], tmp_path: Any) -> None:
+    """K2"""
+    config = make_config()
+    other = load_causal_lm(ModelConfig(path=save_tiny_model(tmp_path, seed=9)), torch.float32)
+    engine = frozen_engine(other, config.engine, 2)
+    models = replace(load(config), reference=lambda: Opened(engine))
+    rollout = collect(models, PROMPTS, config, 0, PhaseTimer())
+    with pytest.raises(RuntimeError, match=r"the kl is .*reference"):
+        check(models, rollout, config)
+    asked_for = replace(config, reference_path=str(tmp_path))
+    assert "start-up check" in check(models, rollout, asked_for)
+
+
+def test_a_sampler_of_other_probabilities_fails_the_check(make_config: Callable[..., PpoConfig]) -> None:
+    """G2, K8"""
+    config = make_config()
+    models, rollout, _ = start(config)
+    shifted = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
+    with pytest.raises(RuntimeError, match=r"the sampler.s log-probabilities differ"):
+        check(models, shifted, config)
+    restricted = replace(config, sampling=replace(config.sampling, top_k=3))
+    assert "start-up check" in check(models, shifted, restricted)
+
+
+# Updates
+
+
+def test_a_learning_rate_of_nothing_keeps_the_ratio_at_1(make_config: Callable[..., PpoConfig]) -> None:
+    """L1, L2"""
+    config = make_config(actor_optim=SLOW, critic_optim=SLOW, ppo_epochs=3)
+    models, _, experience = start(config)
+    metrics = update(models, experience, config, 0, None, None)
+    assert metrics["ppo/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["ppo/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics["ppo/clip_fraction"] == 0
+
+
+def test_updates_move_the_ratio(make_config: Callable[..., PpoConfig]) -> None:
+    config = make_config(ppo_epochs=3)
+    models, _, experience = start(config)
+    metrics = update(models, experience, config, 0, None, None)
+    assert metrics["ppo/approx_kl"] > 1e-4
+    assert metrics["ppo/ratio"] != 1
+
+
+@pytest.mark.parametrize(("epochs", "train_batch_size"), [(1, 8), (1, 4), (3, 4), (2, 2)])
+def test_optimizer_steps_are_epochs_times_minibatches(
+    make_config: Callable[..., PpoConfig], epochs: int, train_batch_size: int
+) -> None:
+    """L6"""
+    config = make_config(ppo_epochs=epochs, train_batch_size=train_batch_size)
+    models, _, experience = start(config)
+    metrics = update(models, experience, config, 0, None, None)
+    steps = epochs * 8 // train_batch_size
+    assert models.actor.global_steps == models.critic.global_steps == metrics["ppo/steps"] == steps
+    assert config.steps_per_iteration == steps
+
+
+def test_every_row_comes_once_per_epoch_in_a_new_order(make_config: Callable[..., PpoConfig]) -> None:
+    """L6"""
+    config = make_config(rollout_batch_size=16)
+    orders = []
+    for iteration in range(2):
+        for epoch in range(3):
+            parts = list(minibatches(16, config, iteration, epoch))
+            assert [len(part) for part in parts] == [4] * 4
+            order = torch.cat(parts).tolist()
+            assert sorted(order) == list(range(16))
+            orders.append(tuple(order))
+    assert len(set(orders)) == 6
+    again = torch.cat(list(minibatches(16, config, 1, 2))).tolist()
+    assert tuple(again) == orders[-1]
+
+
+def test_the_rows_of_a_minibatch_keep_what_belongs_to_them(make_config: Callable[..., PpoConfig]) -> None:
+    """L6"""
+    _, _, experience = start(make_config())
+    index = torch.tensor([5, 1])
+    part = experience.rows(index)
+    time = part.batch.input_ids.shape[1]
+    assert time == int(experience.batch.attention_mask[index].sum(1).max())
+    for name in ("old_logprobs", "ref_logprobs", "advantages", "old_values", "returns"):
+        assert torch.equal(getattr(part, name), getattr(experience, name)[index, :time])
+    assert torch.equal(part.batch.input_ids, experience.batch.input_ids[index, :time])
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
+def test_the_micro_batch_size_changes_no_update(make_config: Callable[..., PpoConfig], lora: LoraConfig) -> None:
+    """L5: of actor and critic."""
+    results = []
+    gentle = replace(FAST, lr=1e-3, eps=1e-2)  # else Adam makes a whole step of a gradient that is only rounding
+    for size in (1, 2, 4):
+        options = {"actor_optim": gentle, "critic_optim": gentle, "entropy_coefficient": 0.1, "ppo_epochs": 2}
+        config = make_config(lora=lora, micro_batch_size=size, kl=KlConfig(loss_coefficient=0.1), **options)
+        torch.manual_seed(0)
+        models, _, experience = start(config)
+        metrics = update(models, experience, config, 0, None, None)
+        results.append((metrics, weights(models.actor.module), weights(models.critic.module)))
+    for metrics, actor, critic in results[1:]:
+        for name, value in results[0][0].items():
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+        for one, other in zip(actor + critic, results[0][1] + results[0][2], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+def test_no_step_follows_the_one_that_moved_too_far(make_config: Callable[..., PpoConfig]) -> None:
+    """L12: the first step has KL 0, the second one sees what the first has done."""
+    config = make_config(ppo_epochs=4, target_kl=1e-9)
+    models, _, experience = start(config)
+    metrics = update(models, experience, config, 0, None, None)
+    assert metrics["ppo/stopped_early"] == 1
+    assert metrics["ppo/steps"] == models.actor.global_steps == models.critic.global_steps == 2
+
+
+def test_a_target_that_is_kept_stops_nothing(make_config: Callable[..., PpoConfig]) -> None:
+    """L12"""
+    config = make_config(ppo_epochs=2, target_kl=1e3)
+    models, _, experience = start(config)
+    metrics = update(models, experience, config, 0, None, None)
+    assert (metrics["ppo/stopped_early"], metrics["ppo/steps"]) == (0, 4)
+
+
+def test_in_the_critics_warm_up_the_actor_stays_to_the_bit(make_config: Callable[..., PpoConfig]) -> None:
+    config = make_config(critic_warmup_iterations=1, ema_decay=0.9)
+    models, _, experience = start(config)
+    average = MovingAverage(models.actor.module, 0.9)
+    actor, critic = weights(models.actor.module), weights(models.critic.module)
+    metrics = update(models, experience, config, 0, None, average)
+    assert equal(weights(models.actor.module), actor)
+    assert not equal(weights(models.critic.module), critic)
+    assert metrics["ppo/value_loss"] > 0
+    assert "ppo/policy_loss" not in metrics
+    update(models, experience, config, 1, None, average)
+    assert not equal(weights(models.actor.module), actor)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
+def test_the_reference_never_changes(make_config: Callable[..., PpoConfig], lora: LoraConfig) -> None:
+    """F8, F9: also where it is the actor without its adapter."""
+    config = make_config(lora=lora, ppo_epochs=2)
+    models, rollout, experience = start(config)
+    part = rollout.batch
+
+    def reference_logprobs() -> Tensor:
+        with torch.no_grad(), models.reference() as reference:
+            return response_logprobs(reference, part, 0.7)[0]
+
+    before = reference_logprobs()
+    for iteration in range(2):
+        update(models, experience, config, iteration, None, None)
+        assert torch.equal(reference_logprobs(), before)
+    with torch.no_grad():
+        assert not torch.allclose(response_logprobs(models.actor, part, 0.7)[0], before, atol=1e-3)
+    separate = load_causal_lm(ModelConfig(path=config.actor.path), torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(response_logprobs(separate, part, 0.7)[0], before, rtol=0, atol=1e-6)
+
+
+def test_the_reward_model_never_changes(make_config: Callable[..., PpoConfig]) -> None:
+    """F8"""
+    config = make_config()
+    models, rollout, experience = start(config)
+    update(models, experience, config, 0, None, None)
+    again = models.scorer(rollout.batch, rollout.prompts, rollout.completions)
+    assert torch.equal(again, rollout.scores)
+
+
+# Terms of the actor's loss
+
+
+def ptx_batch() -> Batch:
+    rows = [([*byte_ids("a film: good"), EOS], [False] * 8 + [True] * 5), (byte_ids("b: no"), [False] * 3 + [True] * 2)]
+    return collate(rows, PAD)
+
+
+def gradients(models: Models, micro: Experience, config: PpoConfig, ptx: Batch | None = None) -> list[Tensor]:
+    models = replace(models, actor=models.actor.module)  # at stage 0 an engine's own backward is the only one allowed
+    count = micro.batch.response_mask.sum()
+    ptx_count = None if ptx is None else ptx.response_mask.sum()
+    loss, _ = actor_loss(models, micro, config, count, ptx, ptx_count)
+    return list(torch.autograd.grad(loss, list(models.actor.parameters())))
+
+
+def test_the_ptx_gradient_is_added(make_config: Callable[..., PpoConfig]) -> None:
+    """L10"""
+    config = make_config()
+    models, _, experience = start(config)
+    ptx = ptx_batch()
+    alone = gradients(models, experience, config)
+    off = gradients(models, experience, config, ptx)  # its coefficient is 0
+    on = gradients(models, experience, replace(config, ptx=replace(config.ptx, coefficient=0.3, paths=("x",))), ptx)
+    logits = models.actor.module(input_ids=ptx.input_ids, attention_mask=ptx.attention_mask.long()).logits
+    chosen = logits[:, :-1].log_softmax(-1).gather(-1, ptx.input_ids[:, 1:, None])[..., 0]
+    loss = -chosen[ptx.response_mask[:, 1:]].mean()
+    own = torch.autograd.grad(loss, list(models.actor.module.parameters()))
+    for a, b, c, d in zip(alone, off, on, own, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+        torch.testing.assert_close(c, a + 0.3 * d, rtol=1e-4, atol=1e-5)
+    assert max(float(gradient.abs().max()) for gradient in own) > 1e-2
+
+
+def test_ptx_batches_are_used_once_per_step(make_config: Callable[..., PpoConfig]) -> None:
+    """L10"""
+    config = make_config(ppo_epochs=2)
+    config = replace(config, ptx=replace(config.ptx, coefficient=0.3, paths=("x",)))
+    models, _, experience = start(config)
+    taken: list[int] = []
+
+    def demonstrations() -> Iterator[list[Batch]]:
+        while True:
+            taken.append(1)
+            yield [ptx_batch(), ptx_batch()]
+
+    metrics = update(models, experience, config, 0, demonstrations(), None)
+    assert len(taken) == metrics["ppo/steps"] == 4
+    assert 1 < metrics["ppo/ptx_loss"] < 20
+
+
+def test_the_entropy_bonus_is_subtracted(make_config: Callable[..., PpoConfig]) -> None:
+    """L9"""
+    config = make_config()
+    models, _, experience = start(config)
+    alone = gradients(models, experience, config)
+    on = gradients(models, experience, replace(config, entropy_coefficient=0.5))
+    batch = experience.batch
+    logits = models.actor.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+    logprobs = (logits[:, :-1] / 0.7).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)[batch.response_mask[:, 1:]].mean()
+    own = torch.autograd.grad(entropy, list(models.actor.module.parameters()))
+    for a, b, c in zip(alone, on, own, strict=True):
+        torch.testing.assert_close(b, a - 0.5 * c, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kl_term_of_the_loss_pulls_towards_the_reference(make_config: Callable[..., PpoConfig]) -> None:
+    """K6: k2's gradient is (log p - log p_ref) times that of log p."""
+    config = make_config()
+    models, _, experience = start(config)
+    shifted = replace(experience, ref_logprobs=experience.ref_logprobs - 0.4)
+    alone = gradients(models, shifted, config)
+    on = gradients(models, shifted, replace(config, kl=replace(config.kl, loss_coefficient=2.0)))
+    batch = experience.batch
+    logprobs, _ = response_logprobs(models.actor.module, batch, 0.7)
+    mean = logprobs[batch.response_mask].mean()
+    own = torch.autograd.grad(mean, list(models.actor.module.parameters()))
+    for a, b, c in zip(alone, on, own, strict=True):
+        torch.testing.assert_close(b, a + 2.0 * 0.4 * c, rtol=1e-4, atol=1e-5)
+
+
+# The moving average
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_moving_average_has_its_closed_form(dtype: torch.dtype) -> None:
+    """L11"""
+    decay, model = 0.9, nn.Linear(3, 2).to(dtype)
+    model.bias.requires_grad_(False)
+    history = [model.weight.detach().double().clone()]
+    average = MovingAverage(model, decay)
+    for step in range(5):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)).to(dtype))
+        history.append(model.weight.detach().double().clone())
+        average.update()
+    expected = decay**5 * history[0] + sum((1 - decay) * decay ** (5 - n) * history[n] for n in range(1, 6))
+    found = average.whole_weights()
+    assert list(found) == ["weight"]
+    assert found["weight"].dtype == torch.float32
+    torch.testing.assert_close(found["weight"].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_small_steps_of_the_average_do_not_round_away() -> None:
+    """L11: in bf16, 1 + 0.001 * 1 is 1."""
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    average = MovingAverage(model, 0.999)
+    nn.init.constant_(model.weight, 2.0)
+    average.update()
+    assert float(average.whole_weights()["weight"]) == pytest.approx(1.001, abs=1e-6)
+
+
+def test_the_average_follows_every_step_of_the_actor(make_config: Callable[..., PpoConfig]) -> None:
+    """L11"""
+    config = make_config(ppo_epochs=2, ema_decay=0.5)
+    models, _, experience = start(config)
+    average = MovingAverage(models.actor.module, 0.5)
+    calls: list[int] = []
+    update_average = average.update
+
+    def counted() -> None:
+        calls.append(1)
+        update_average()
+
+    average.update = counted  # type: ignore[method-assign]
+    update(models, experience, config, 0, None, average)
+    assert len(calls) == models.actor.global_steps == 4
+    assert set(average.whole_weights()) == {name for name, _ in models.actor.module.named_parameters()}
+
+
+# Rewards and advantages
+
+
+def small_rollout() -> Rollout:
+    """Two rows: three response tokens that end, one that does not."""
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]]).bool()
+    attention_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    logprobs = torch.tensor([[0.0, -1.0, -2.0, -0.5], [0.0, -9.0, -1.5, -7.0]])
+    ref_logprobs = torch.tensor([[0.0, -1.5, -1.0, -0.75], [0.0, -3.0, -2.5, -1.0]])
+    return Rollout(
+        prompts=PROMPTS[:2],
+        completions=[Completion([8, 9, EOS], [0.0] * 3, True), Completion([8], [0.0], False)],
+        batch=Batch(torch.full((2, 4), 8), attention_mask, mask),
+        sampler_logprobs=logprobs,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=torch.zeros(2, 4),
+        scores=torch.tensor([2.0, 5.0]),
+    )
+
+
+def test_rewards_are_the_score_less_the_kl(make_config: Callable[..., PpoConfig]) -> None:
+    """K1, K3, A2: with values of 0, returns are sums of the rewards to come."""
+    config = make_config(kl=KlConfig(coefficient=0.1), lam=1.0, whiten_advantages=False)
+    rollout = small_rollout()
+    experience, kl = make_experience(rollout, config, 0.1)
+    # Token by token log p - log p_ref: 0.5, -1, 0.25 | 1
+    torch.testing.assert_close(kl, torch.tensor([[0, 0.5, -1.0, 0.25], [0, 0, 1.0, 0]]))
+    rewards = [[-0.05, 0.1, -0.025 + 2.0], [-0.1 + 5.0]]
+    expected = torch.tensor([[0, sum(rewards[0]), sum(rewards[0][1:]), rewards[0][2]], [0, 0, rewards[1][0], 0]])
+    torch.testing.assert_close(experience.returns, expected)
+    torch.testing.assert_close(experience.advantages, expected)
+    assert rollout.sequence_kl.tolist() == pytest.approx([-0.25, 1.0])
+    assert float(expected[0, 1]) == pytest.approx(2.0 - 0.1 * -0.25)
+
+
+def test_a_response_without_eos_gets_the_score_that_is_set_for_it(make_config: Callable[..., PpoConfig]) -> None:
+    """K7"""
+    options = {"kl": KlConfig(coefficient=0.0), "lam": 1.0, "whiten_advantages": False}
+    for missing, expected in ((None, 5.0), (-1.0, -1.0)):
+        experience, _ = make_experience(small_rollout(), make_config(missing_eos_score=missing, **options), 0.0)
+        assert experience.returns[:, 2].tolist() == pytest.approx([2.0, expected])
+
+
+def test_the_score_is_bounded_but_not_the_one_for_a_missing_eos(make_config: Callable[..., PpoConfig]) -> None:
+    options = {"kl": KlConfig(coefficient=0.0), "lam": 1.0, "whiten_advantages": False, "score_clip": 1.5}
+    experience, _ = make_experience(small_rollout(), make_config(missing_eos_score=-9.0, **options), 0.0)
+    assert experience.returns[:, 2].tolist() == pytest.approx([1.5, -9.0])
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_over_response_tokens(
+    make_config: Callable[..., PpoConfig],
+) -> None:
+    """A5"""
+    plain, _ = make_experience(small_rollout(), make_config(whiten_advantages=False), 0.05)
+    whitened, _ = make_experience(small_rollout(), make_config(whiten_advantages=True), 0.05)
+    mask = plain.batch.response_mask
+    values = plain.advantages[mask].double().numpy()
+    expected = (values - values.mean()) / values.std()
+    np.testing.assert_allclose(whitened.advantages[mask].numpy(), expected, atol=1e-5)
+    assert whitened.advantages[~mask].count_nonzero() == 0
+    assert torch.equal(whitened.returns, plain.returns)
+
+
+def test_whitened_rewards_keep_their_mean(make_config: Callable[..., PpoConfig]) -> None:
+    """A5"""
+    config = make_config(whiten_rewards=True, whiten_advantages=False, lam=1.0, kl=KlConfig(coefficient=0.1))
+    experience, _ = make_experience(small_rollout(), config, 0.1)
+    rewards = np.array([-0.05, 0.1, 1.975, 4.9])
+    whitened = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    expected = [whitened[:3].sum(), whitened[1:3].sum(), whitened[2], whitened[3]]
+    np.testing.assert_allclose(experience.returns[experience.batch.response_mask].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_pp"])
+def test_estimators_without_a_critic_load_none_and_learn(make_config: Callable[..., PpoConfig], estimator: str) -> None:
+    config = make_config(estimator=estimator, samples_per_prompt=2, rollout_batch_size=4)
+    models, rollout, experience = start(config)
+    assert models.critic is None
+    assert rollout.values is None
+    assert len(rollout.completions) == 8
+    assert [prompt.source for prompt in rollout.prompts[::2]] == [prompt.source for prompt in rollout.prompts[1::2]]
+    before = weights(models.actor.module)
+    metrics = update(models, experience, config, 0, None, None)
+    assert not equal(weights(models.actor.module), before)
+    assert "ppo/value_loss" not in metrics
+
+
+def test_a_group_that_agrees_teaches_nothing(make_config: Callable[..., PpoConfig]) -> None:
+    config = make_config(
+        estimator="rloo", samples_per_prompt=2, rollout_batch_size=4, whiten_advantages=False,
+        kl=KlConfig(coefficient=0.0),
+    )  # fmt: skip
+    rollout = replace(small_rollout(), scores=torch.tensor([3.0, 3.0]), values=None)
+    experience, _ = make_experience(rollout, config, 0.0)
+    assert experience.advantages.count_nonzero() == 0
+
+
+def test_the_critic_starts_as_the_reward_model(make_config: Callable[..., PpoConfig]) -> None:
+    """L8"""
+    config = make_config()
+    models = load(config)
+    reward_model = load_scalar_model(config.reward, torch.float32)
+    assert equal(weights(models.critic.module), weights(reward_model))
+
+
+def score_length(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    return [float(record["row"]) for record in records]
+
+
+def test_where_a_function_scores_the_critic_starts_at_zero(make_config: Callable[..., PpoConfig]) -> None:
+    """L8"""
+    config = make_config(reward=RewardModelConfig(function=f"{__name__}:score_length"))
+    models, rollout, _ = start(config)
+    assert rollout.values is not None
+    assert rollout.values.count_nonzero() == 0
+    assert models.score_scale == (1.0, 0.0)
+    assert rollout.scores.tolist() == [prompt.record["row"] for prompt in rollout.prompts]
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused_by_name(
+    make_config: Callable[..., PpoConfig], tiny_model: Folders, tiny_reward_model: Folders, tmp_path: Any
+) -> None:
+    build_tokenizer(eos="<|im_end|>").save_pretrained(tmp_path)
+    other = RewardModelConfig(path=tiny_reward_model("llama"), tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match=r"reward\.retokenize"):
+        load(make_config(reward=other))
+    critic = CriticConfig(path=tiny_reward_model("llama"))
+    load(make_config(reward=replace(other, retokenize=True), critic=critic))
+
+
+@pytest.mark.parametrize("name", ["actor", "critic"])
+def test_adapter_dropout_is_refused(make_config: Callable[..., PpoConfig], tiny_model: Folders, name: str) -> None:
+    """F7"""
+    lora = LoraConfig(rank=4, dropout=0.1)
+    kind = ModelConfig if name == "actor" else CriticConfig
+    with pytest.raises(ValueError, match=rf"{name}\.lora\.dropout is 0\.1"):
+        make_config(**{name: kind(path=tiny_model("llama"), lora=lora)})
+
+
+# Prompts and seeds
+
+
+def test_seeds_depend_on_the_position_alone() -> None:
+    """O1"""
+    together = row_seeds(1, "rollout", range(4), 2)
+    assert len(set(together)) == 8
+    assert row_seeds(1, "rollout", [2], 2) == together[4:6]
+    others = [row_seeds(2, "rollout", range(4), 2), row_seeds(1, "held-out", range(4), 2)]
+    assert not set(together) & {seed for seeds in others for seed in seeds}
+    assert all(0 <= seed < 2**63 for seed in together)
+
+
+def test_every_prompt_comes_once_per_epoch(make_config: Callable[..., PpoConfig]) -> None:
+    """O2"""
+    config = make_config(rollout_batch_size=4, sampling=SamplingConfig(max_new_tokens=1))
+    models = load(config)
+    seen = [
+        prompt.source
+        for iteration in range(6)
+        for prompt in collect(models, PROMPTS, config, iteration, PhaseTimer()).prompts
+    ]
+    everything = sorted(prompt.source for prompt in PROMPTS)
+    epochs = [seen[start : start + 8] for start in (0, 8, 16)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_an_iteration_can_be_collected_again_to_the_bit(make_config: Callable[..., PpoConfig]) -> None:
+    """O1"""
+    config = make_config()
+    models = load(config)
+    once, again = (collect(models, PROMPTS, config, 3, PhaseTimer()) for _ in range(2))
+    assert once.completions == again.completions
+    assert torch.equal(once.scores, again.scores)
+    assert collect(models, PROMPTS, config, 2, PhaseTimer()).completions != once.completions
+
+
+def test_what_was_sampled_is_what_is_trained_on(make_config: Callable[..., PpoConfig]) -> None:
+    """G6, F5"""
+    _, rollout, experience = start(make_config())
+    for row, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
+        length = len(prompt.prompt_ids) + len(completion.response_ids)
+        ids = experience.batch.input_ids[row, :length].tolist()
+        assert ids == prompt.prompt_ids + completion.response_ids
+        mask = experience.batch.response_mask[row].tolist()
+        assert mask == [len(prompt.prompt_ids) <= t < length for t in range(len(mask))]
+        assert experience.old_logprobs[row, : len(prompt.prompt_ids)].shape == (len(prompt.prompt_ids),)
+
+
+def test_metrics_of_a_rollout_by_hand(make_config: Callable[..., PpoConfig]) -> None:
+    rollout = small_rollout()
+    metrics = rollout_metrics(rollout, torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0), 0.1)
+    assert metrics["rollout/score_mean"] == pytest.approx(3.5)
+    assert metrics["rollout/score_std"] == pytest.approx(1.5)
+    assert metrics["rollout/kl"] == pytest.approx((-0.25 + 1) / 2)
+    assert metrics["rollout/kl_penalty"] == pytest.approx(0.1 * (-0.25 + 1) / 2)
+    assert metrics["rollout/response_tokens"] == 2
+    assert metrics["rollout/eos_share"] == 0.5
+    assert metrics["rollout/logprob_gap"] == 0
+    assert metrics["rollout/sequence_logprob"] == pytest.approx((-3.5 - 1.5) / 2)
+
+
+def test_the_kl_controller_is_the_one_that_is_asked_for(make_config: Callable[..., PpoConfig]) -> None:
+    """K4"""
+    fixed = kl_controller(make_config(kl=KlConfig(coefficient=0.3)))
+    assert isinstance(fixed, FixedKLController) and fixed.coefficient == 0.3
+    adaptive = kl_controller(make_config(kl=KlConfig(coefficient=0.15, adaptive=True, target=6.0, horizon=10_000)))
+    assert isinstance(adaptive, AdaptiveKLController)
+    adaptive.update(12.0, 512)
+    assert adaptive.coefficient == pytest.approx(0.151536, abs=1e-6)
+
+
+# Scores
+
+
+def returns_nothing(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    return [1.0] * (len(prompts) - 1)
+
+
+def returns_nan(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    return [1.0, math.nan]
+
+
+def echoes(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    assert (list(prompts), list(responses)) == (["a film", "so"], ["!", " so"])
+    return [record["row"] + 0.5 for record in records]
+
+
+COMPLETIONS = [
+    Completion([*byte_ids("!"), EOS], [0.0] * 2, True),
+    Completion(byte_ids(" so"), [0.0] * 3, False),
+]
+
+
+def rows_of(completions: list[Completion]) -> Batch:
+    rows = []
+    for prompt, completion in zip(PROMPTS, completions, strict=False):
+        ids = prompt.prompt_ids + completion.response_ids
+        rows.append((ids, [False] * len(prompt.prompt_ids) + [True] * len(completion.response_ids)))
+    return collate(rows, PAD)
+
+
+def test_a_function_gets_texts_and_records() -> None:
+    scores = function_scorer(f"{__name__}:echoes", TOKENIZER)(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+    assert scores.tolist() == [0.5, 1.5]
+    assert scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("returns_nothing", "returned 1 scores for 2 responses"),
+        ("returns_nan", r"returned nan for the prompt at prompts\.jsonl:2"),
+    ],
+)
+def test_scores_that_are_none_are_refused(function: str, message: str) -> None:
+    scorer = function_scorer(f"{__name__}:{function}", TOKENIZER)
+    with pytest.raises(ValueError, match=message):
+        scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+
+
+@pytest.mark.parametrize("name", ["no_such_module_here:score", f"{__name__}:no_such_function"])
+def test_a_function_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"reward.function {name} cannot be imported"):
+        function_scorer(name, TOKENIZER)
+
+
+def test_scores_of_retokenized_text_are_the_direct_ones_where_tokenizers_agree(tiny_reward_model: Folders) -> None:
+    """K7: also of a response that the limit has cut, which has no EOS."""
+    config = EngineConfig(zero_stage=0, precision="fp32")
+    model = load_scalar_model(ModelConfig(path=tiny_reward_model("llama")), torch.float32)
+    engine = frozen_engine(model, config, 2)
+    batch = rows_of(COMPLETIONS)
+    direct = model_scorer(engine, 2)(batch, PROMPTS[:2], COMPLETIONS)
+    again = retokenizing_scorer(engine, 1, TOKENIZER, TOKENIZER)(batch, PROMPTS[:2], COMPLETIONS)
+    torch.testing.assert_close(again, direct, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_scores_do_not_depend_on_the_micro_batch_size(tiny_reward_model: Folders, micro_batch_size: int) -> None:
+    """R1, L5"""
+    model = load_scalar_model(ModelConfig(path=tiny_reward_model("llama")), torch.float32)
+    alone = model_scorer(model, 1)(rows_of(COMPLETIONS[:1]), PROMPTS[:1], COMPLETIONS[:1])
+    scores = model_scorer(model, micro_batch_size)(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+    assert float(scores[0]) == pytest.approx(float(alone), abs=1e-5)
+    assert scores.shape == (2,)
+
+
+# Before and after
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "ties", "value", "low", "high"),
+    [
+        (8, 2, 0, 0.8, 0.4901625, 0.9433178),  # Wilson's interval of 8 of 10
+        (0, 10, 0, 0.0, 0.0, 0.2775328),
+        (10, 0, 0, 1.0, 0.7224672, 1.0),
+        (7, 1, 2, 0.8, 0.4901625, 0.9433178),
+        (0, 0, 4, 0.5, 0.1500390, 0.8499610),
+    ],
+)
+def test_win_rate_and_its_interval_by_hand(
+    wins: int, losses: int, ties: int, value: float, low: float, high: float
+) -> None:
+    before = [0.0] * (wins + losses + ties)
+    result = win_rate(before, [1.0] * wins + [-1.0] * losses + [0.0] * ties)
+    assert result["value"] == pytest.approx(value)
+    assert result["low"] == pytest.approx(low, abs=1e-6)
+    assert result["high"] == pytest.approx(high, abs=1e-6)
+    assert result["pairs"] == len(before)
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        (["a b c"], 1.0),
+        (["a b a b a"], 2 / 4),  # ab ba ab ba
+        (["The end", "the END"], 1 / 2),
+        (["one", ""], 0.0),  # no pair at all
+        (["a b", "c d"], 1.0),  # b c is not a pair: it lies between two responses
+    ],
+)
+def test_distinct_2_by_hand(responses: list[str], expected: float) -> None:
+    assert distinct_2(responses) == expected
+
+
+def test_results_compare_the_same_prompts_before_and_after() -> None:
+    before = [Sample("p", "a b", 1.0, 0.0, 4, True), Sample("q", "c d", 3.0, 0.0, 6, False)]
+    after = [Sample("p", "a b", 2.0, 1.0, 2, True), Sample("q", "a b", 1.0, 2.0, 4, True)]
+    results = compare(before, after, (2.0, 1.0))
+    assert results["score_before"] == {"mean": 2.0, "median": 2.0, "values": [1.0, 3.0]}
+    assert results["score_after"] == {"mean": 1.5, "median": 1.5, "values": [2.0, 1.0]}
+    assert results["logit_before"] == {"mean": 0.5, "median": 0.5}  # (score - bias) / gain
+    assert results["win_rate"]["value"] == 0.5
+    assert results["kl"] == 1.5
+    assert (results["distinct_2_before"], results["distinct_2_after"], results["distinct_2_ratio"]) == (1.0, 0.5, 0.5)
+    assert (results["response_tokens_before"], results["response_tokens_after"]) == (5, 3)
+    assert (results["eos_share_before"], results["eos_share_after"]) == (0.5, 1)
+
+
+def test_held_out_samples_repeat_as_long_as_the_weights_do(make_config: Callable[..., PpoConfig]) -> None:
+    config = make_config()
+    models, _, experience = start(config)
+    once, again = (sample_held_out(models, PROMPTS[:3], config) for _ in range(2))
+    assert once == again
+    assert [sample.prompt for sample in once] == [prompt.text for prompt in PROMPTS[:3]]
+    assert all(sample.kl == 0 for sample in once)
+    for iteration in range(3):
+        update(models, experience, config, iteration, None, None)
+    moved = sample_held_out(models, PROMPTS[:3], config)
+    assert any(sample.kl != 0 for sample in moved)
+
+
+def test_ppo_raises_the_score_of_a_task_that_it_can_see(make_config: Callable[..., PpoConfig]) -> None:
+    """The whole of an iteration together: the share of one token rises when it is what is paid for."""
+    config = make_config(
+        reward=RewardModelConfig(function=f"{__name__}:pays_for_vowels"), estimator="rloo", samples_per_prompt=8,
+        rollout_batch_size=8, train_batch_size=32, micro_batch_size=32, kl=KlConfig(coefficient=0.0),
+        sampling=SamplingConfig(max_new_tokens=6), actor_optim=replace(FAST, lr=5e-3), iterations=12,
+    )  # fmt: skip
+    models = load(config)
+    scores = []
+    for iteration in range(config.iterations):
+        rollout = collect(models, PROMPTS, config, iteration, PhaseTimer())
+        experience, _ = make_experience(rollout, config, 0.0)
+        update(models, experience, config, iteration, None, None)
+        scores.append(float(rollout.scores.mean()))
+    assert sum(scores[-3:]) > 3 * sum(scores[:3])
+
+
+def pays_for_vowels(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    return [float(sum(Counter(response)[letter] for letter in "aeiou")) for response in responses]
