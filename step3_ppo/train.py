@@ -24,7 +24,7 @@ from training.config_files import load_config, save_config
 from training.data import Batch, collate, sample_index
 from training.examples import PromptExample, build_demonstrations, build_prompts, describe_counts
 from training.loop import own_steps, peak_memory_gib
-from training.masking import masked_mean
+from training.masking import masked_sum
 from training.metrics import MetricsLogger, write_json
 from training.models import load_tokenizer
 from training.rewards import AdaptiveKLController, FixedKLController
@@ -134,19 +134,20 @@ def ptx_batches(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
 def rollout_metrics(rollout: Rollout, kl: torch.Tensor, kl_coefficient: float) -> dict[str, float]:
     """What the rollout says of the actor, averaged over all ranks."""
     gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
-    means = {
-        "rollout/score_mean": rollout.scores.mean(),
-        "rollout/score_squared": rollout.scores.square().mean(),
-        "rollout/kl": rollout.sequence_kl.mean(),
-        "rollout/kl_penalty": kl_coefficient * kl.sum(1).mean(),
-        "rollout/response_tokens": rollout.mask.sum(1).float().mean(),
-        "rollout/eos_share": rollout.finished.float().mean(),
-        "rollout/logprob_gap": masked_mean(gap, rollout.mask),
-        "rollout/sequence_logprob": torch.where(rollout.mask, rollout.logprobs, 0.0).sum(1).mean(),
+    sums = {
+        "rollout/score_mean": rollout.scores.sum(),
+        "rollout/score_squared": rollout.scores.double().square().sum(),
+        "rollout/kl": rollout.sequence_kl.sum(),
+        "rollout/kl_penalty": kl_coefficient * kl.sum(),
+        "rollout/response_tokens": rollout.mask.sum(),
+        "rollout/eos_share": rollout.finished.sum(),
+        "rollout/logprob_gap": masked_sum(gap, rollout.mask),
+        "rollout/sequence_logprob": masked_sum(rollout.logprobs, rollout.mask),
     }
-    # Ranks hold equally many rows, so the mean of their means is the mean.
-    total = distributed.sum_over_ranks(torch.stack([value.double() for value in means.values()]))
-    metrics = dict(zip(means, (total / distributed.world_size()).tolist(), strict=True))
+    totals = distributed.sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
+    responses = len(rollout.completions) * distributed.world_size()
+    metrics = {name: total / responses for name, total in zip(sums, totals.tolist(), strict=True)}
+    metrics["rollout/logprob_gap"] /= max(metrics["rollout/response_tokens"], 1e-8)  # per token, not per response
     variance = metrics.pop("rollout/score_squared") - metrics["rollout/score_mean"] ** 2
     return metrics | {"rollout/score_std": max(variance, 0.0) ** 0.5, "rollout/kl_coefficient": kl_coefficient}
 
