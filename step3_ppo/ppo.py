@@ -131,7 +131,9 @@ def actor_loss(
         loss = loss - config.entropy_coefficient * entropy_bonus(entropy, mask, denominator)
         sums["entropy"] = masked_sum(entropy, mask)
     if config.kl.loss_coefficient > 0:
-        kl = masked_sum(KL_ESTIMATORS["k2"](logprobs, micro.ref_logprobs), mask)
+        # Replaced before the estimate: what padding holds would come back as nan through its gradient.
+        inside = (torch.where(mask, tensor, 0.0) for tensor in (logprobs, micro.ref_logprobs))
+        kl = masked_sum(KL_ESTIMATORS["k2"](*inside), mask)
         loss = loss + config.kl.loss_coefficient * kl / denominator
         sums["kl_loss"] = kl
     if ptx_batch is not None and ptx_count is not None:
