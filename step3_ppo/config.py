@@ -96,12 +96,20 @@ class PtxConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PpoRunConfig(RunConfig):
+    """As in the other steps; a step of `log_every` and `eval_every` is an iteration."""
+
+    log_every: int = 1
+    """Iterations between two lines of metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PpoConfig:
     """Reinforcement learning from a score: PPO with a critic, or an estimator that needs none."""
 
     actor: ModelConfig
     data: DataConfig
-    run: RunConfig
+    run: PpoRunConfig
     reward: RewardModelConfig
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference_path: str | None = None
@@ -199,6 +207,11 @@ class PpoConfig:
             )
         if not self.uses_critic and self.critic_warmup_iterations:
             raise ValueError(f"{self.estimator} has no critic: set critic_warmup_iterations to 0")
+        if self.critic_warmup_iterations >= self.iterations:
+            raise ValueError(
+                f"critic_warmup_iterations is {self.critic_warmup_iterations} of {self.iterations} iterations, so the "
+                "actor would never be trained: choose fewer"
+            )
         check_format(self.data.format, "prompt")
         check_held_out(self.data)
         self.check_ranks(num_processes())

@@ -59,6 +59,16 @@ def sample_held_out(models: Models, prompts: Sequence[PromptExample], config: Pp
     return [sample for samples in distributed.gather_objects(own) for sample in samples][: len(prompts)]
 
 
+def held_out_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """The numbers that go to the log."""
+    return {
+        "eval/score_mean": statistics.fmean(s.score for s in samples),
+        "eval/kl": statistics.fmean(s.kl for s in samples),
+        "eval/response_tokens": statistics.fmean(s.tokens for s in samples),
+        "eval/eos_share": statistics.fmean(s.finished for s in samples),
+    }
+
+
 def compare(before: Sequence[Sample], after: Sequence[Sample], score_scale: tuple[float, float]) -> dict:
     """What `results.json` says about the held-out prompts: rows of `before` and `after` answer the same prompts."""
     gain, bias = score_scale

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,14 @@ from training import distributed
 from training.data import Batch
 from training.engine import backward_and_step, gradient_norm
 from training.forward import critic_values, response_logprobs
-from training.losses import clipped_policy_loss, clipped_value_loss, entropy_bonus, policy_statistics, sft_loss
+from training.losses import (
+    MAX_LOG_RATIO,
+    clipped_policy_loss,
+    clipped_value_loss,
+    entropy_bonus,
+    policy_statistics,
+    sft_loss,
+)
 from training.masking import masked_sum
 from training.rewards import KL_ESTIMATORS
 
@@ -71,6 +79,7 @@ def update(
             ptx = next(demonstrations) if demonstrations and train_actor else None
             ptx_count = _response_tokens(ptx) if ptx else None
             statistics = torch.zeros(2, device=mask.device)  # approximate KL, tokens
+            rates = learning_rates(models)
             for position, part in enumerate(rows.split(config.micro_batch_size)):
                 micro = experience.rows(part)
                 if train_actor:
@@ -88,8 +97,8 @@ def update(
                 average.update()
             if train_actor and _moved_too_far(statistics, config.target_kl):
                 updates.stopped_early = True
-                return updates.metrics() | engine_metrics(models)
-    return updates.metrics() | engine_metrics(models)
+                return updates.metrics() | rates | gradient_norms(models)
+    return updates.metrics() | rates | gradient_norms(models)
 
 
 def minibatches(num_rows: int, config: PpoConfig, iteration: int, epoch: int) -> Iterator[Tensor]:
@@ -131,9 +140,7 @@ def actor_loss(
         loss = loss - config.entropy_coefficient * entropy_bonus(entropy, mask, denominator)
         sums["entropy"] = masked_sum(entropy, mask)
     if config.kl.loss_coefficient > 0:
-        # Replaced before the estimate: what padding holds would come back as nan through its gradient.
-        inside = (torch.where(mask, tensor, 0.0) for tensor in (logprobs, micro.ref_logprobs))
-        kl = masked_sum(KL_ESTIMATORS["k2"](*inside), mask)
+        kl = kl_term(logprobs, micro.old_logprobs, micro.ref_logprobs, mask)
         loss = loss + config.kl.loss_coefficient * kl / denominator
         sums["kl_loss"] = kl
     if ptx_batch is not None and ptx_count is not None:
@@ -142,6 +149,17 @@ def actor_loss(
         loss = loss + config.ptx.coefficient * ptx_loss
         sums["ptx_loss"] = ptx_loss * denominator
     return loss, sums
+
+
+def kl_term(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Sum over tokens of k2 to the reference, weighted by how much likelier each token is now than when it was drawn.
+
+    Without the weight its gradient would be that of the KL on the first update of a rollout only. Tensors are [batch,
+    time]; what lies outside `mask` is replaced first, or it would come back as nan through the gradient.
+    """
+    logprobs, old, ref = (torch.where(mask, tensor, 0.0) for tensor in (logprobs, old_logprobs, ref_logprobs))
+    weights = (logprobs - old).detach().clamp(max=MAX_LOG_RATIO).exp()
+    return masked_sum(weights * KL_ESTIMATORS["k2"](logprobs, ref), mask)
 
 
 def critic_loss(
@@ -160,12 +178,18 @@ def _response_tokens(batches: list[Batch]) -> Tensor:
     return distributed.sum_over_ranks(torch.stack([batch.response_mask.sum() for batch in batches]).sum())
 
 
-def engine_metrics(models: Models) -> dict[str, float]:
-    """Learning rates and gradient norms of the last step."""
-    metrics = {"ppo/actor_lr": models.actor.get_lr()[0], "ppo/actor_grad_norm": gradient_norm(models.actor)}
-    if models.critic is not None:
-        metrics |= {"ppo/critic_lr": models.critic.get_lr()[0], "ppo/critic_grad_norm": gradient_norm(models.critic)}
-    return metrics
+def learning_rates(models: Models) -> dict[str, float]:
+    """Those of the step to come."""
+    return {f"ppo/{name}_lr": engine.get_lr()[0] for name, engine in trained_engines(models).items()}
+
+
+def gradient_norms(models: Models) -> dict[str, float]:
+    """Those of the last step."""
+    return {f"ppo/{name}_grad_norm": gradient_norm(engine) for name, engine in trained_engines(models).items()}
+
+
+def trained_engines(models: Models) -> dict[str, Any]:
+    return {"actor": models.actor} | ({} if models.critic is None else {"critic": models.critic})
 
 
 def _moved_too_far(statistics: Tensor, target_kl: float | None) -> bool:

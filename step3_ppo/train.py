@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from step3_ppo.check import start_up_check
 from step3_ppo.config import PpoConfig
 from step3_ppo.ema import MovingAverage
-from step3_ppo.evaluate import Sample, compare, sample_held_out
+from step3_ppo.evaluate import Sample, compare, held_out_metrics, sample_held_out
 from step3_ppo.models import Models, critic_source, load_models
 from step3_ppo.ppo import update
 from step3_ppo.rollout import PhaseTimer, Rollout, make_experience, row_seeds, sample_responses
@@ -53,6 +53,7 @@ def main() -> None:
     logger.event(describe_counts(counts))
 
     before = sample_held_out(models, held_out, config)
+    logger.log(0, held_out_metrics(before), tokens=0)
     for iteration in range(config.iterations):
         timer = PhaseTimer()
         rollout = collect(models, prompts, config, iteration, timer)
@@ -65,8 +66,12 @@ def main() -> None:
         controller.update(metrics["rollout/kl"], config.responses)
         phase_seconds.update(timer.seconds)
         tokens = distributed.sum_over_ranks(rollout.batch.attention_mask.sum())
-        logger.log(iteration + 1, metrics | phase_metrics(timer), tokens=int(tokens))
+        metrics = metrics | phase_metrics(timer) if (iteration + 1) % config.run.log_every == 0 else {}
+        if config.run.eval_every and (iteration + 1) % config.run.eval_every == 0:
+            metrics |= held_out_metrics(sample_held_out(models, held_out, config))
+        logger.log(iteration + 1, metrics, tokens=int(tokens))
     after = sample_held_out(models, held_out, config)
+    logger.log(config.iterations, held_out_metrics(after), tokens=0)
 
     export(models.actor, output / "final" / "actor", models.tokenizer, config.actor, ema_weights(average))
     if models.critic is not None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from step1_sft.train import demonstration_loss, held_out_loss
 from step2_reward.evaluate import compare_held_out
 from step2_reward.train import preference_loss
-from step3_ppo.config import PpoConfig, RewardModelConfig
+from step3_ppo.config import PpoConfig, PpoRunConfig, RewardModelConfig
 from step3_ppo.ema import MovingAverage
 from step3_ppo.ppo import actor_loss, critic_loss, update
 from step3_ppo.rollout import Experience, whiten_over_ranks
@@ -172,7 +172,7 @@ def ppo_config(folder: Path, **changes: Any) -> PpoConfig:
     return PpoConfig(
         actor=ModelConfig(path="unused"),
         data=DataConfig(paths=("unused.jsonl",), format="prompt"),
-        run=RunConfig(output_dir=str(folder)),
+        run=PpoRunConfig(output_dir=str(folder)),
         reward=RewardModelConfig(function="unused:unused"),
         rollout_batch_size=TRAIN_BATCH,
         train_batch_size=TRAIN_BATCH,

@@ -37,7 +37,7 @@ def test_gae_gold_numbers() -> None:
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (0.0, 0.5)])
 def test_gae_equals_its_definition_as_a_sum(gamma: float, lam: float) -> None:
-    """A1."""
+    """A1, A6: row by row and term by term."""
     rewards, values, mask = random_case()
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
     for row in range(len(rewards)):
@@ -46,6 +46,19 @@ def test_gae_equals_its_definition_as_a_sum(gamma: float, lam: float) -> None:
         assert advantages[row, kept].tolist() == pytest.approx(expected, abs=1e-12)
         assert returns[row, kept].tolist() == pytest.approx((advantages + values)[row, kept].tolist(), abs=1e-12)
     assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+def test_gae_of_a_large_float32_batch_equals_a_serial_loop_over_each_row() -> None:
+    """A6, A4: 64 responses of up to 200 tokens with gaps, against the definition in float64."""
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = (torch.randn(64, 200, generator=generator) for _ in range(2))
+    mask = torch.rand(64, 200, generator=generator) < torch.rand(64, 1, generator=generator)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.95)
+    for row, kept in enumerate(mask):
+        expected = brute_force_gae(rewards[row, kept].tolist(), values[row, kept].tolist(), 1.0, 0.95)
+        assert advantages[row, kept].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        targets = [a + v for a, v in zip(expected, values[row, kept].tolist(), strict=True)]
+        assert returns[row, kept].tolist() == pytest.approx(targets, rel=1e-5, abs=1e-5)
 
 
 def test_lambda_1_gives_suffix_sums_as_returns_whatever_the_critic_says() -> None:

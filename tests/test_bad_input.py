@@ -1,5 +1,7 @@
 """Every mistake of a user ends a stage with code 2 and a sentence that says what to do, never with a traceback."""
 
+import ast
+import dataclasses
 import importlib
 import json
 import math
@@ -7,14 +9,18 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
+from step1_sft.config import SftConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PpoConfig
 from tests.launching import alone, run, under_deepspeed
+from tests.test_architecture import MODULES, imports_of_module
 from tests.tiny_models import save_tiny_model, write_jsonl, write_tiny_data
 from tests.tiny_runs import STAGES, tiny_configs
 from tests.tiny_tokenizers import build_tokenizer
@@ -118,6 +124,7 @@ CONFIG_ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("step3_ppo", {"estimator": "best"}, "estimator is best: choose one of gae"),
     ("step3_ppo", {"train_batch_size": 6}, r"train_batch_size \(6\) does not divide"),
     ("step3_ppo", {"sampling.temperature": 0}, "temperature is 0: greedy responses"),
+    ("step3_ppo", {"critic_warmup_iterations": 2}, "is 2 of 2 iterations, so the actor would never be trained"),
     ("step3_ppo", {"ptx.coefficient": 1.0}, "ptx.coefficient is above 0: give the demonstrations in paths"),
 ]
 
@@ -126,10 +133,47 @@ CONFIG_ERRORS: list[tuple[str, dict[str, Any], str]] = [
 def test_a_wrong_option_is_refused_before_a_model_is_loaded(
     refuse: Refuse, stage: str, changes: dict[str, Any], message: str
 ) -> None:
+    """O6: unknown, impossible, or without an effect beside the others."""
     started = time.monotonic()
     path = "actor.path" if stage == "step3_ppo" else "model.path"
     assert re.search(message, refuse(stage, {path: "/nowhere"} | changes))
     assert time.monotonic() - started < 1
+
+
+def options_of(config: type, group: str = "") -> Iterator[str]:
+    """The dotted names of all options of a config."""
+    for name, kind in get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind):
+            yield from options_of(kind, f"{group}{name}.")  # type: ignore[arg-type]
+        else:
+            yield group + name
+
+
+def names_read_by(stage: str) -> set[str]:
+    """Every x of an `a.x` in what a stage's program imports of this project, save where options are defined."""
+    modules: set[str] = set()
+    waiting = [f"{stage}.train"]
+    while waiting:
+        module = waiting.pop()
+        if module in MODULES and module not in modules:
+            modules.add(module)
+            waiting += imports_of_module(module)
+    sources = [MODULES[module].read_text(encoding="utf-8") for module in modules if not module.endswith(".config")]
+    return {node.attr for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("step1_sft", SftConfig),
+        ("step2_reward", RewardConfig),
+        ("step3_ppo", PpoConfig),
+    ],
+)
+def test_every_option_of_a_stage_is_read_by_it(stage: str, config: type) -> None:
+    """O6: an option that nothing reads does nothing."""
+    read = names_read_by(stage)
+    assert [option for option in options_of(config) if option.rpartition(".")[2] not in read] == []
 
 
 def test_batch_sizes_count_the_ranks(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_a_language_model_has_no_normalisation_file(tmp_path: Path, tiny_model: 
 
 
 def test_an_older_folder_is_replaced_whole(tmp_path: Path, tiny_model: Callable[[str], str]) -> None:
-    """O3"""
+    """It is written beside the old one and renamed."""
     source = ModelConfig(path=tiny_model("llama"))
     final = tmp_path / "final"
     for folder in (final, tmp_path / "final.partial"):  # an old result, and what a killed run has left

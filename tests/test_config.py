@@ -215,6 +215,7 @@ def test_yaml_may_use_dotted_names_and_empty_groups(write: Callable[..., str]) -
     ],
 )
 def test_wrong_flags_are_refused(argv: list[str], message: str, refusal: Refusal) -> None:
+    """O6"""
     assert message in refusal(StageConfig, [*REQUIRED, *argv])
 
 
@@ -244,6 +245,7 @@ def test_wrong_flags_are_refused(argv: list[str], message: str, refusal: Refusal
     ],
 )
 def test_wrong_files_are_refused(text: str, message: str, write: Callable[..., str], refusal: Refusal) -> None:
+    """O6"""
     path = write(text)
     printed = refusal(StageConfig, [*REQUIRED, "--config", path])
     assert message.replace("PATH", path) in printed
@@ -288,6 +290,7 @@ def test_missing_options_are_named(refusal: Refusal) -> None:
     ],
 )
 def test_impossible_values_are_refused_by_their_dotted_names(argv: list[str], message: str, refusal: Refusal) -> None:
+    """O6: also values that would have no effect."""
     printed = refusal(StageConfig, [*REQUIRED, *argv])
     assert message in printed
     assert len(printed.splitlines()) == 2

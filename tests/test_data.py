@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.tiny_tokenizers import BOS, CHATML, EOS, IM_END, IM_START, PAD, build_tokenizer, byte_ids
 from training.config import DataConfig
-from training.data import Batch, PairBatch, collate, collate_pairs, eval_batches, sample_index, train_batches
+from training.data import Batch, PairBatch, collate, collate_pairs, eval_batches, num_steps, sample_index, train_batches
 from training.examples import (
     PreferenceDataset,
     PreferenceRows,
@@ -50,6 +50,7 @@ DIALOGUE = (turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn
 
 
 def test_plain_text_is_prompt_then_response_then_eos() -> None:
+    """F5"""
     ids, mask = tokenize_demonstration(Demonstration("ab", "c", "f:1"), build_tokenizer(eos="<eos>"), "plain")
     assert ids == [*byte_ids("abc"), EOS]
     assert mask == [False, False, True, True]
@@ -87,6 +88,7 @@ def test_loss_on_all_tokens_leaves_out_only_the_first() -> None:
 
 @pytest.mark.parametrize("pad", ["own", "eos", None])
 def test_eos_is_learnt_whatever_the_pad_token_is(pad: Any) -> None:
+    """F4"""
     for template in ("plain", "chat"):
         ids, mask = tokenize_demonstration(Demonstration("a", "b", "f:1"), build_tokenizer(pad), template)  # type: ignore[arg-type]
         assert (ids[-1], mask[-1]) == (IM_END, True)
@@ -442,6 +444,7 @@ def test_a_dataset_of_preferences_gives_back_its_items() -> None:
 
 
 def test_collate_pads_on_the_right_and_masks_by_position() -> None:
+    """F4, F5"""
     # The pad id also stands inside the rows, as it does where EOS is the pad token.
     batch = collate([([7, PAD], [False, True]), ([PAD, 8, 9], [False, False, True])], PAD, pad_to_multiple=4)
     assert batch.input_ids.tolist() == [[7, PAD, PAD, PAD], [PAD, 8, 9, PAD]]
@@ -457,6 +460,7 @@ def test_collate_rounds_the_length_up(length: int, multiple: int, width: int) ->
 
 
 def test_collate_pairs_compares_each_response_with_all_worse_ones() -> None:
+    """R5"""
     pair = PreferenceRows([([1, 2], [False, True]), ([1], [False])], margin=0.5)
     ranking = PreferenceRows([([n], [True]) for n in (4, 5, 6)], margin=0.0)
     pairs = collate_pairs([pair, ranking], PAD)
@@ -583,3 +587,21 @@ def test_filler_pairs_weigh_nothing() -> None:
     assert [batches[rank][0].weights.tolist() for rank in range(4)] == [[1, 1], [1], [0], [0]]
     assert batches[3][0].batch.num_response_tokens == 0
     assert batches[3][0].batch.attention_mask.any()
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "epochs", "max_steps", "steps"),
+    [
+        (8, 4, 1.0, None, 2),
+        (9, 4, 1.0, None, 3),  # the ninth is seen, and the step filled up
+        (9, 4, 2.0, None, 5),  # 18 places of 20
+        (9, 4, 0.5, None, 2),
+        (3, 8, 1.0, None, 1),
+        (9, 4, 2.0, 3, 3),
+        (9, 4, 2.0, 99, 5),
+    ],
+)
+def test_steps_are_as_many_as_show_every_example(
+    examples: int, batch: int, epochs: float, max_steps: int | None, steps: int
+) -> None:
+    assert num_steps(examples, batch, epochs, max_steps) == steps

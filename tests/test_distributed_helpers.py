@@ -122,6 +122,7 @@ def draw() -> tuple[float, float, float]:
 
 
 def test_seeds_repeat_and_differ_over_ranks_and_seeds() -> None:
+    """O4"""
     drawn = {}
     for seed in (0, 1, 2):
         for rank in (0, 1, 2):

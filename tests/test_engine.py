@@ -238,6 +238,7 @@ def test_in_bf16_too_the_first_step_is_adams_first(zero_stage: Any) -> None:
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_weights(tiny_model: Callable[[str], str]) -> None:
+    """L7"""
     norms = []
     for clip in (0.0, 0.1):
         config = EngineConfig(zero_stage=2, precision="fp32", gradient_clipping=clip)

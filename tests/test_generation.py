@@ -56,7 +56,7 @@ SEEDS = [101, 102, 103, 104, 105]
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_are_those_of_transformers(tiny_model: Callable[[str], str], architecture: str) -> None:
-    """G1: 64 tokens, prompts of unequal length, one by one on the other side; also beyond a sliding window."""
+    """G1, F2: 64 tokens, prompts of unequal length, one by one on the other side; also beyond a sliding window."""
     model: Any = load(tiny_model(architecture))
     completions = generator_of(model).generate(PROMPTS, GREEDY, SEEDS)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
@@ -79,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers(tiny_model: Callable[[str], str
 def test_the_samplers_logprobs_are_the_trainers(
     tiny_model: Callable[[str], str], architecture: str, temperature: float
 ) -> None:
-    """G2, F6"""
+    """G2, F1, F6: sampled with padding on the left and a cache, scored with padding on the right and at once."""
     model = load(tiny_model(architecture))
     sampling = SamplingConfig(max_new_tokens=40, temperature=temperature)
     completions = generator_of(model).generate(PROMPTS, sampling, SEEDS)
@@ -418,6 +418,12 @@ def test_logprobs_of_bf16_logits_are_computed_in_float32() -> None:
     expected = (logits.double() / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_by_default_every_token_can_be_drawn_at_the_models_own_probability() -> None:
+    """F6"""
+    default = SamplingConfig()
+    assert (default.temperature, default.top_k, default.top_p, default.min_new_tokens) == (1.0, 0, 1.0, 0)
 
 
 @pytest.mark.parametrize(

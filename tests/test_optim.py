@@ -42,6 +42,14 @@ def test_schedules_by_hand(schedule: str, factors: list[float]) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_ends_at_0(schedule: str) -> None:
+    """L7, R7"""
+    factor = lr_lambda(OptimConfig(lr=1.0, schedule=schedule), total_steps=50)  # type: ignore[arg-type]
+    assert factor(49) > 0
+    assert factor(50) == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_last_factor_is_the_floor_and_stays(schedule: str) -> None:
     config = OptimConfig(lr=1.0, schedule=schedule, warmup_fraction=0.1, min_lr_fraction=0.25)  # type: ignore[arg-type]
     factor = lr_lambda(config, total_steps=20)
@@ -120,6 +128,24 @@ def test_adamw_makes_the_step_of_the_paper() -> None:
     # First step: both bias-corrected means make the update sign(gradient); the decay takes lr * decay * weight.
     expected = [1.0 - 0.1 * 0.5 * 1.0 - 0.1, -2.0 - 0.1 * 0.5 * -2.0 + 0.1]
     assert weight[0].tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_eps_is_added_after_the_bias_correction() -> None:
+    """L7: three steps by hand, with gradients of the size of eps. Added before it, the first step is 16x smaller.
+
+    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; step = lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    (Kingma & Ba 2015, algorithm 1)
+    """
+    lr, b1, b2, eps = 0.1, 0.9, 0.999, 1e-5
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = adamw([weight], OptimConfig(lr=lr, betas=(b1, b2), eps=eps))
+    position = m = v = 0.0
+    for t, gradient in enumerate((1e-5, -3e-5, 2e-5), start=1):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        position -= lr * m / (1 - b1**t) / ((v / (1 - b2**t)) ** 0.5 + eps)
+        assert weight.item() == pytest.approx(position, rel=1e-9)
 
 
 @pytest.mark.gpu

@@ -130,7 +130,7 @@ def test_results_do_not_depend_on_the_zero_stage(launched: Launched, kind: str) 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_exported_folders_load_with_transformers_alone(launched: Launched, zero_stage: int) -> None:
-    """O5, and L11 where the moving average was taken shard by shard"""
+    """O5, L11: the moving average was taken shard by shard."""
     configs = launched(zero_stage)[0]["full"]
     expected = launched(0)[0]["full"]
     sft, reward, ppo = (configs[stage] for stage in STAGES)
@@ -187,6 +187,7 @@ def test_adapters_of_a_reward_model_load_with_peft_alone(
 def test_bf16_offload_and_gradient_checkpointing_run_under_the_launcher(
     tmp_path: Path, model: str, data: dict[str, str], launched: Launched
 ) -> None:
+    """L14: offload and checkpointing give the numbers of ZeRO 3 without them."""
     offload = {"offload_optimizer": True, "offload_parameters": True}
     runs = {
         "bf16_zero2": tiny_configs(tmp_path / "bf16_zero2", model, data, zero_stage=2, precision="bf16"),
@@ -272,6 +273,25 @@ def test_a_function_may_give_the_score(
     assert final(ppo, "critic").exists() == (estimator == "gae")
 
 
+def test_an_adaptive_kl_coefficient_follows_the_kl_of_the_run(
+    tmp_path: Path, model: str, data: dict[str, str], run_here: Callable[[Configs], None]
+) -> None:
+    """K4: 8 responses an iteration; before the first update the KL is 0 and the coefficient falls."""
+    ppo = tiny_configs(tmp_path, model, data)["step3_ppo"]
+    ppo |= {
+        "actor": {"path": model},
+        "reward": {"function": "tests.test_pipeline:count_vowels"},
+        "kl": {"coefficient": 0.1, "adaptive": True, "target": 0.05, "horizon": 100},
+        "iterations": 4,
+    }
+    run_here({"step3_ppo": ppo})
+    coefficient = 0.1
+    for line in metrics_of(ppo):
+        assert line["rollout/kl_coefficient"] == pytest.approx(coefficient, rel=1e-9)
+        coefficient *= 1 + min(max(line["rollout/kl"] / 0.05 - 1, -0.2), 0.2) * 8 / 100
+    assert metrics_of(ppo)[1]["rollout/kl_coefficient"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
+
+
 def test_step_2_learns_from_rankings(tmp_path: Path, model: str, run_here: Callable[[Configs], None]) -> None:
     rows = [
         {
@@ -337,6 +357,7 @@ def test_plain_text_is_learnt_from_an_empty_prompt(
 def test_the_staged_run_goes_from_model_to_report_and_on_where_it_stopped(
     tmp_path: Path, model: str, data: dict[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """O4: steps that run again with the same seed give the same numbers."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "run"
     steps = tiny_configs(folder, model, data)

@@ -1,34 +1,41 @@
 """Step 3 on tiny models: what must hold before, during and after its updates."""
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
+from step3_ppo import ppo, train
 from step3_ppo.check import start_up_check
-from step3_ppo.config import CriticConfig, KlConfig, PpoConfig, RewardModelConfig
+from step3_ppo.config import CriticConfig, KlConfig, PpoConfig, PpoRunConfig, RewardModelConfig
 from step3_ppo.ema import MovingAverage
-from step3_ppo.evaluate import Sample, compare, distinct_2, sample_held_out, win_rate
+from step3_ppo.evaluate import Sample, compare, distinct_2, held_out_metrics, sample_held_out, win_rate
 from step3_ppo.models import Models, load_models
-from step3_ppo.ppo import actor_loss, minibatches, update
-from step3_ppo.rollout import Experience, PhaseTimer, Rollout, make_experience, row_seeds
+from step3_ppo.ppo import actor_loss, kl_term, minibatches, update
+from step3_ppo.rollout import Experience, PhaseTimer, Rollout, make_experience, row_seeds, sample_responses
 from step3_ppo.scoring import function_scorer, model_scorer, retokenizing_scorer
 from step3_ppo.train import collect, kl_controller, rollout_metrics
 from tests.tiny_models import save_tiny_model
-from tests.tiny_tokenizers import EOS, PAD, build_tokenizer, byte_ids
-from training.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
+from tests.tiny_tokenizers import EOS, PAD, VOCAB_SIZE, build_tokenizer, byte_ids
+from training import distributed
+from training.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from training.data import Batch, collate
 from training.engine import frozen_engine
 from training.examples import PromptExample
 from training.forward import response_logprobs
+from training.generation.hf import HuggingFaceGenerator
 from training.generation.interface import Completion, SamplingConfig
 from training.models import load_causal_lm, load_scalar_model, load_tokenizer
+from training.optim import lr_lambda
 from training.rewards import AdaptiveKLController, FixedKLController
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -50,7 +57,7 @@ def make_config(tiny_model: Folders, tiny_reward_model: Folders) -> Callable[...
         defaults: dict[str, Any] = {
             "actor": ModelConfig(path=tiny_model(architecture), lora=lora or LoraConfig()),
             "data": DataConfig(paths=("prompts.jsonl",), format="prompt", template="plain"),
-            "run": RunConfig(output_dir="unused"),
+            "run": PpoRunConfig(output_dir="unused"),
             "reward": RewardModelConfig(path=tiny_reward_model("llama")),
             "engine": EngineConfig(zero_stage=0, precision="fp32"),
             "actor_optim": FAST,
@@ -109,6 +116,16 @@ def test_before_the_first_update_ratio_is_1_and_kl_is_0(
     assert f"generate {tokens / 2:.0f} tokens/s" in line
 
 
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
+def test_in_bf16_too_actor_and_reference_start_equal_to_the_bit(
+    make_config: Callable[..., PpoConfig], lora: LoraConfig
+) -> None:
+    """K2: both see batches of the same shapes."""
+    _, rollout, _ = start(make_config(lora=lora, engine=EngineConfig(zero_stage=0, precision="bf16")))
+    assert rollout.logprobs[rollout.mask].count_nonzero() > 0
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+
+
 def test_dropout_fails_the_check_and_is_named(make_config: Callable[..., PpoConfig]) -> None:
     """L1, F7"""
     config = make_config("gpt2")
@@ -155,10 +172,64 @@ def test_a_sampler_of_other_probabilities_fails_the_check(make_config: Callable[
     with pytest.raises(RuntimeError, match=r"the sampler.s log-probabilities differ"):
         check(models, shifted, config)
     restricted = replace(config, sampling=replace(config.sampling, top_k=3))
-    assert "start-up check" in check(models, shifted, restricted)
+    assert "(not judged: top_k, top_p or min_new_tokens is set)" in check(models, shifted, restricted)
+
+
+class AtTemperature1:
+    """A generator that forgets the temperature that it is asked for."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+
+    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int]) -> list[Completion]:
+        return self.generator.generate(prompt_ids, replace(sampling, temperature=1.0), seeds)
+
+
+def test_a_sampler_of_another_temperature_fails_the_check_and_is_named(make_config: Callable[..., PpoConfig]) -> None:
+    """K8, F6"""
+    config = make_config()
+    models = load(config)
+    models = replace(models, generator=AtTemperature1(models.generator))
+    rollout = collect(models, PROMPTS, config, 0, PhaseTimer())
+    with pytest.raises(RuntimeError, match="Likely cause: the rollout backend computes other log-probabilities"):
+        check(models, rollout, config)
+
+
+def test_a_sampler_that_is_left_behind_shows_as_a_negative_kl_and_a_gap(make_config: Callable[..., PpoConfig]) -> None:
+    """K8, G4: it goes on with the weights that the actor has left."""
+    config = make_config(ppo_epochs=4, actor_optim=replace(FAST, lr=1e-2))
+    models = load(config)
+    old_weights = load_causal_lm(config.actor, torch.float32)
+
+    @contextlib.contextmanager
+    def open_old_weights() -> Iterator[nn.Module]:
+        with torch.no_grad():
+            yield old_weights
+
+    for iteration in range(4):
+        rollout = collect(models, PROMPTS, config, iteration, PhaseTimer())
+        update(models, make_experience(rollout, config, 0.0)[0], config, iteration, None, None)
+    left_behind = replace(models, generator=HuggingFaceGenerator(open_old_weights, [EOS], 8))
+    right, wrong = (collect(m, PROMPTS, config, 4, PhaseTimer()) for m in (models, left_behind))
+    right_metrics, wrong_metrics = (rollout_metrics(r, torch.zeros(r.mask.shape), 0.0) for r in (right, wrong))
+    assert right_metrics["rollout/kl"] > 3  # nats per response
+    assert wrong_metrics["rollout/kl"] < -3
+    assert right_metrics["rollout/logprob_gap"] < 1e-5
+    assert wrong_metrics["rollout/logprob_gap"] > 0.1
 
 
 # Updates
+
+
+def test_the_first_step_finds_ratio_1_and_kl_0_and_clips_nothing(make_config: Callable[..., PpoConfig]) -> None:
+    """L1: at a learning rate that moves, and in other micro-batches than were scored."""
+    config = make_config(train_batch_size=8)
+    models, _, experience = start(config)
+    metrics = update(models, experience, config, 0, None, None)
+    assert metrics["ppo/steps"] == 1
+    assert metrics["ppo/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["ppo/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics["ppo/clip_fraction"] == 0
 
 
 def test_a_learning_rate_of_nothing_keeps_the_ratio_at_1(make_config: Callable[..., PpoConfig]) -> None:
@@ -208,6 +279,37 @@ def test_every_row_comes_once_per_epoch_in_a_new_order(make_config: Callable[...
     assert tuple(again) == orders[-1]
 
 
+def test_actor_and_critic_are_trained_on_every_row_once_per_epoch_in_a_new_order(
+    make_config: Callable[..., PpoConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L6"""
+    seen: dict[str, list[tuple[int, ...]]] = {"actor_loss": [], "critic_loss": []}
+
+    def sequences(batch: Batch) -> list[tuple[int, ...]]:
+        return [tuple(ids[real].tolist()) for ids, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
+
+    def watched(name: str) -> Callable[..., Any]:
+        loss = getattr(ppo, name)
+
+        def loss_of(models: Models, micro: Experience, *rest: Any) -> Any:
+            seen[name] += sequences(micro.batch)
+            return loss(models, micro, *rest)
+
+        return loss_of
+
+    for name in seen:
+        monkeypatch.setattr(ppo, name, watched(name))
+    config = make_config(ppo_epochs=3)
+    models, _, experience = start(config)
+    update(models, experience, config, 0, None, None)
+    rows = sorted(sequences(experience.batch))
+    assert len(set(rows)) == 8
+    for order in seen.values():
+        epochs = [order[first : first + 8] for first in (0, 8, 16)]
+        assert [sorted(epoch) for epoch in epochs] == [rows] * 3
+        assert len(order) == 24 and len({tuple(epoch) for epoch in epochs}) == 3
+
+
 def test_the_rows_of_a_minibatch_keep_what_belongs_to_them(make_config: Callable[..., PpoConfig]) -> None:
     """L6"""
     _, _, experience = start(make_config())
@@ -218,6 +320,38 @@ def test_the_rows_of_a_minibatch_keep_what_belongs_to_them(make_config: Callable
     for name in ("old_logprobs", "ref_logprobs", "advantages", "old_values", "returns"):
         assert torch.equal(getattr(part, name), getattr(experience, name)[index, :time])
     assert torch.equal(part.batch.input_ids, experience.batch.input_ids[index, :time])
+
+
+def test_the_defaults_are_an_eps_of_1e_5_a_learning_rate_that_ends_at_0_and_a_clipped_norm(
+    make_config: Callable[..., PpoConfig],
+) -> None:
+    """L7"""
+    config = make_config()
+    config = PpoConfig(actor=config.actor, data=config.data, run=config.run, reward=config.reward)
+    assert config.engine.gradient_clipping == 1.0
+    for optim in (config.actor_optim, config.critic_optim):
+        assert optim.eps == 1e-5
+        factor = lr_lambda(optim, 100)
+        assert factor(99) > factor(100) == 0
+
+
+def test_the_learning_rates_of_actor_and_critic_are_their_own_and_end_at_0(
+    make_config: Callable[..., PpoConfig],
+) -> None:
+    """L4, L7: two iterations of two steps each."""
+    actor, critic = (OptimConfig(lr=lr, schedule="linear", warmup_fraction=0.0, eps=1e-5) for lr in (1e-3, 4e-3))
+    config = make_config(actor_optim=actor, critic_optim=critic, iterations=2)
+    models, _, experience = start(config)
+    for iteration, factor in enumerate((1.0, 0.5, 0.0)):
+        assert models.actor.get_lr() == pytest.approx([factor * 1e-3] * 2, abs=1e-12)
+        assert models.critic.get_lr() == pytest.approx([factor * 4e-3] * 2, abs=1e-12)
+        if factor:
+            metrics = update(models, experience, config, iteration, None, None)
+            # Two steps, so the last one was taken half way between this iteration's rate and the next one's.
+            assert metrics["ppo/actor_lr"] == pytest.approx((factor - 0.25) * 1e-3)
+            assert metrics["ppo/critic_lr"] == pytest.approx((factor - 0.25) * 4e-3)
+    for engine in (models.actor, models.critic):
+        assert {group["eps"] for group in engine.optimizer.param_groups} == {1e-5}
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
@@ -248,6 +382,22 @@ def test_no_step_follows_the_one_that_moved_too_far(make_config: Callable[..., P
     assert metrics["ppo/steps"] == models.actor.global_steps == models.critic.global_steps == 2
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.99, 3), (1.01, 1)])
+def test_updates_stop_above_one_and_a_half_times_the_target(
+    make_config: Callable[..., PpoConfig], share: float, steps: int
+) -> None:
+    """L12: every log-ratio is 0.1, so the KL is exp(0.1) - 1 - 0.1."""
+    kl = math.exp(0.1) - 1.1
+    config = make_config(
+        actor_optim=SLOW, critic_optim=SLOW, train_batch_size=8, ppo_epochs=3, target_kl=kl / (1.5 * share)
+    )
+    models, _, experience = start(config)
+    moved = replace(experience, old_logprobs=experience.old_logprobs - 0.1)
+    metrics = update(models, moved, config, 0, None, None)
+    assert metrics["ppo/approx_kl"] == pytest.approx(kl, rel=1e-3)
+    assert metrics["ppo/steps"] == models.actor.global_steps == models.critic.global_steps == steps
+
+
 def test_a_target_that_is_kept_stops_nothing(make_config: Callable[..., PpoConfig]) -> None:
     """L12"""
     config = make_config(ppo_epochs=2, target_kl=1e3)
@@ -272,7 +422,7 @@ def test_in_the_critics_warm_up_the_actor_stays_to_the_bit(make_config: Callable
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
 def test_the_reference_never_changes(make_config: Callable[..., PpoConfig], lora: LoraConfig) -> None:
-    """F8, F9: also where it is the actor without its adapter."""
+    """F8, F9: also where it is the actor without its adapter, which is folded in and out again to sample."""
     config = make_config(lora=lora, ppo_epochs=2)
     models, rollout, experience = start(config)
     part = rollout.batch
@@ -281,10 +431,16 @@ def test_the_reference_never_changes(make_config: Callable[..., PpoConfig], lora
         with torch.no_grad(), models.reference() as reference:
             return response_logprobs(reference, part, 0.7)[0]
 
+    with models.reference() as reference:
+        own = [p for name, p in reference.module.named_parameters() if "lora_" not in name]
+    checksum = [parameter.detach().clone() for parameter in own]
     before = reference_logprobs()
     for iteration in range(2):
         update(models, experience, config, iteration, None, None)
+        collect(models, PROMPTS, config, iteration, PhaseTimer())
         assert torch.equal(reference_logprobs(), before)
+    assert equal(own, checksum)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in own)
     with torch.no_grad():
         assert not torch.allclose(response_logprobs(models.actor, part, 0.7)[0], before, atol=1e-3)
     separate = load_causal_lm(ModelConfig(path=config.actor.path), torch.float32)
@@ -330,7 +486,7 @@ def test_the_ptx_gradient_is_added(make_config: Callable[..., PpoConfig]) -> Non
     loss = -chosen[ptx.response_mask[:, 1:]].mean()
     own = torch.autograd.grad(loss, list(models.actor.module.parameters()))
     for a, b, c, d in zip(alone, off, on, own, strict=True):
-        torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+        assert torch.equal(b, a)
         torch.testing.assert_close(c, a + 0.3 * d, rtol=1e-4, atol=1e-5)
     assert max(float(gradient.abs().max()) for gradient in own) > 1e-2
 
@@ -380,6 +536,36 @@ def test_the_kl_term_of_the_loss_pulls_towards_the_reference(make_config: Callab
     own = torch.autograd.grad(mean, list(models.actor.module.parameters()))
     for a, b, c in zip(alone, on, own, strict=True):
         torch.testing.assert_close(b, a + 2.0 * 0.4 * c, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kl_term_has_the_gradient_of_the_kl_also_on_samples_of_the_policy_before_the_update() -> None:
+    """K6: every token of a vocabulary of 5, each as often as the old policy draws it, so that the sum is exact."""
+    logits, old, ref = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits.requires_grad_()
+    old_logprobs, ref_logprobs = old.log_softmax(-1), ref.log_softmax(-1)
+    (exact,) = torch.autograd.grad(
+        (logits.softmax(-1) * (logits.log_softmax(-1) - ref_logprobs)).sum(), logits, retain_graph=True
+    )
+    one = torch.ones(1, 1, dtype=torch.bool)
+    found = torch.zeros(5, dtype=torch.float64)
+    for token in range(5):
+        rows = (logprobs[None, None, token] for logprobs in (logits.log_softmax(-1), old_logprobs, ref_logprobs))
+        (gradient,) = torch.autograd.grad(kl_term(*rows, one), logits)
+        found += old_logprobs[token].exp() * gradient
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_garbage_in_padding_reaches_no_gradient_of_the_actor(make_config: Callable[..., PpoConfig]) -> None:
+    """K3: with every term of the loss that reads what a rollout holds."""
+    config = make_config(entropy_coefficient=0.1, kl=KlConfig(loss_coefficient=0.5))
+    models, _, experience = start(config)
+    clean = gradients(models, experience, config)
+    names = ("old_logprobs", "ref_logprobs", "advantages")
+    for garbage in (torch.nan, torch.inf):
+        outside = ~experience.batch.response_mask
+        filled = {name: getattr(experience, name).masked_fill(outside, garbage) for name in names}
+        for a, b in zip(clean, gradients(models, replace(experience, **filled), config), strict=True):
+            assert torch.equal(a, b)
 
 
 # The moving average
@@ -466,6 +652,18 @@ def test_rewards_are_the_score_less_the_kl(make_config: Callable[..., PpoConfig]
     torch.testing.assert_close(experience.advantages, expected)
     assert rollout.sequence_kl.tolist() == pytest.approx([-0.25, 1.0])
     assert float(expected[0, 1]) == pytest.approx(2.0 - 0.1 * -0.25)
+
+
+def test_nothing_is_expected_after_the_last_token_whether_eos_or_the_limit_ended_it(
+    make_config: Callable[..., PpoConfig],
+) -> None:
+    """A7, A3: by hand with values .5, .6, .7 (ended by EOS) and .25 (cut by the limit, then a critic's 9)."""
+    config = make_config(kl=KlConfig(coefficient=0.0), whiten_advantages=False)
+    values = torch.tensor([[9.0, 0.5, 0.6, 0.7], [9.0, 9.0, 0.25, 9.0]])
+    experience, _ = make_experience(replace(small_rollout(), values=values), config, 0.0)
+    # lambda .95: 2 - .7 = 1.3; .1 + .95 * 1.3 = 1.335; .1 + .95 * 1.335 = 1.36825 | 5 - .25
+    torch.testing.assert_close(experience.advantages, torch.tensor([[0, 1.36825, 1.335, 1.3], [0, 0, 4.75, 0]]))
+    torch.testing.assert_close(experience.returns, torch.tensor([[0, 1.86825, 1.935, 2.0], [0, 0, 5.0, 0]]))
 
 
 def test_a_response_without_eos_gets_the_score_that_is_set_for_it(make_config: Callable[..., PpoConfig]) -> None:
@@ -576,7 +774,7 @@ def test_adapter_dropout_is_refused(make_config: Callable[..., PpoConfig], tiny_
 
 
 def test_seeds_depend_on_the_position_alone() -> None:
-    """O1"""
+    """O4"""
     together = row_seeds(1, "rollout", range(4), 2)
     assert len(set(together)) == 8
     assert row_seeds(1, "rollout", [2], 2) == together[4:6]
@@ -586,7 +784,6 @@ def test_seeds_depend_on_the_position_alone() -> None:
 
 
 def test_every_prompt_comes_once_per_epoch(make_config: Callable[..., PpoConfig]) -> None:
-    """O2"""
     config = make_config(rollout_batch_size=4, sampling=SamplingConfig(max_new_tokens=1))
     models = load(config)
     seen = [
@@ -601,13 +798,109 @@ def test_every_prompt_comes_once_per_epoch(make_config: Callable[..., PpoConfig]
 
 
 def test_an_iteration_can_be_collected_again_to_the_bit(make_config: Callable[..., PpoConfig]) -> None:
-    """O1"""
+    """O4"""
     config = make_config()
     models = load(config)
     once, again = (collect(models, PROMPTS, config, 3, PhaseTimer()) for _ in range(2))
     assert once.completions == again.completions
     assert torch.equal(once.scores, again.scores)
     assert collect(models, PROMPTS, config, 2, PhaseTimer()).completions != once.completions
+
+
+def test_ranks_share_out_the_rows_and_seeds_of_one_rank(
+    make_config: Callable[..., PpoConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O4: so no two ranks draw the same, and their number changes no draw."""
+    config = make_config(samples_per_prompt=2)
+    drawn: list[tuple[str, int]] = []
+
+    def only_note(models: Any, prompts: Sequence[PromptExample], sampling: Any, seeds: list[int], *_: Any) -> None:
+        rows = [prompt.source for prompt in prompts for _ in range(2)]
+        drawn.extend(zip(rows, seeds, strict=True))
+
+    monkeypatch.setattr(train, "sample_responses", only_note)
+    shares = []
+    for world_size in (1, 2, 4):
+        monkeypatch.setattr(distributed, "world_size", lambda size=world_size: size)
+        drawn.clear()
+        for rank in range(world_size):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            collect(SimpleNamespace(), PROMPTS, config, 3, PhaseTimer())  # type: ignore[arg-type]
+        shares.append(list(drawn))
+    assert shares[0] == shares[1] == shares[2]
+    assert len({seed for _, seed in shares[0]}) == 16
+
+
+class Given:
+    """A generator that returns what it was made with."""
+
+    def __init__(self, completions: list[Completion]) -> None:
+        self.completions = completions
+
+    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int]) -> list[Completion]:
+        return self.completions
+
+
+class LogitsAre(nn.Module):
+    """A language model whose logits are its parameters: two rows of 16 tokens, all equally likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(2, 16, VOCAB_SIZE))
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]][:, -logits_to_keep:])
+
+
+def test_eos_is_learnt_and_nothing_after_it_also_where_it_is_the_pad_token(
+    make_config: Callable[..., PpoConfig],
+) -> None:
+    """F4, F5, F3: a response of three tokens that ends, and one of five that the limit has cut."""
+    completions = [Completion([8, 9, EOS], [0.0] * 3, True), Completion([8] * 5, [0.0] * 5, False)]
+    model = LogitsAre()
+    models: Any = SimpleNamespace(
+        tokenizer=build_tokenizer(pad="eos", eos="<eos>"),
+        actor=model,
+        critic=None,
+        generator=Given(completions),
+        reference=lambda: Opened(model),
+        scorer=lambda batch, prompts, completions: torch.zeros(len(prompts)),
+    )
+    config = make_config()
+    rollout = sample_responses(models, PROMPTS[:2], config.sampling, [1, 2], 1, 2, PhaseTimer())
+    prompt, limit = len("a film"), len("so") + 5
+    assert rollout.batch.input_ids[0, prompt + 2 :].tolist() == [EOS] * 8
+    chosen = [[prompt <= t < prompt + 3 for t in range(16)], [2 <= t < limit for t in range(16)]]
+    assert rollout.mask.tolist() == chosen
+    torch.testing.assert_close(rollout.logprobs[rollout.mask], torch.full((8,), -math.log(VOCAB_SIZE)))
+    ones = torch.ones(2, 16)
+    experience = Experience(rollout.batch, rollout.logprobs, rollout.ref_logprobs, ones, None, ones)
+    loss, _ = actor_loss(models, experience, config, torch.tensor(8), None, None)
+    loss.backward()
+    assert model.logits.grad is not None
+    # The logits that choose token t stand one place before it. Of these, only those of what was chosen are to rise.
+    assert model.logits.grad.any(-1).tolist() == [[*row[1:], False] for row in chosen]
+    rising = [[row, t - 1, int(rollout.batch.input_ids[row, t])] for row in (0, 1) for t in range(16) if chosen[row][t]]
+    assert (model.logits.grad < 0).nonzero().tolist() == rising
+
+
+def test_a_score_is_that_of_the_prompt_and_the_response_up_to_its_eos(
+    make_config: Callable[..., PpoConfig], tiny_reward_model: Folders
+) -> None:
+    """K7, R1, G6: by transformers alone, row by row; the second response is no text that could be tokenized again."""
+    completions = [
+        Completion([*byte_ids("!"), EOS], [0.0] * 2, True),
+        Completion([200, 201, 255], [0.0] * 3, False),
+    ]
+    assert TOKENIZER(TOKENIZER.decode([200, 201, 255]))["input_ids"] != [200, 201, 255]
+    config = make_config()
+    models = replace(load(config), generator=Given(completions))
+    rollout = sample_responses(models, PROMPTS[:2], config.sampling, [1, 2], 1, 2, PhaseTimer())
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model("llama"), dtype=torch.float32)
+    for prompt, completion, score in zip(PROMPTS, completions, rollout.scores.tolist(), strict=False):
+        with torch.no_grad():
+            expected = plain(input_ids=torch.tensor([prompt.prompt_ids + completion.response_ids])).logits
+        assert score == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_what_was_sampled_is_what_is_trained_on(make_config: Callable[..., PpoConfig]) -> None:
@@ -624,6 +917,7 @@ def test_what_was_sampled_is_what_is_trained_on(make_config: Callable[..., PpoCo
 
 def test_metrics_of_a_rollout_by_hand(make_config: Callable[..., PpoConfig]) -> None:
     rollout = small_rollout()
+    rollout = replace(rollout, sampler_logprobs=rollout.logprobs + torch.tensor([[0.2], [-0.6]]))
     metrics = rollout_metrics(rollout, torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0), 0.1)
     assert metrics["rollout/score_mean"] == pytest.approx(3.5)
     assert metrics["rollout/score_std"] == pytest.approx(1.5)
@@ -631,7 +925,7 @@ def test_metrics_of_a_rollout_by_hand(make_config: Callable[..., PpoConfig]) -> 
     assert metrics["rollout/kl_penalty"] == pytest.approx(0.1 * (-0.25 + 1) / 2)
     assert metrics["rollout/response_tokens"] == 2
     assert metrics["rollout/eos_share"] == 0.5
-    assert metrics["rollout/logprob_gap"] == 0
+    assert metrics["rollout/logprob_gap"] == pytest.approx((3 * 0.2 + 1 * 0.6) / 4)
     assert metrics["rollout/sequence_logprob"] == pytest.approx((-3.5 - 1.5) / 2)
 
 
@@ -762,6 +1056,12 @@ def test_distinct_2_by_hand(responses: list[str], expected: float) -> None:
 def test_results_compare_the_same_prompts_before_and_after() -> None:
     before = [Sample("p", "a b", 1.0, 0.0, 4, True), Sample("q", "c d", 3.0, 0.0, 6, False)]
     after = [Sample("p", "a b", 2.0, 1.0, 2, True), Sample("q", "a b", 1.0, 2.0, 4, True)]
+    assert held_out_metrics(after) == {
+        "eval/score_mean": 1.5,
+        "eval/kl": 1.5,
+        "eval/response_tokens": 3.0,
+        "eval/eos_share": 1.0,
+    }
     results = compare(before, after, (2.0, 1.0))
     assert results["score_before"] == {"mean": 2.0, "median": 2.0, "values": [1.0, 3.0]}
     assert results["score_after"] == {"mean": 1.5, "median": 1.5, "values": [2.0, 1.0]}
@@ -784,6 +1084,29 @@ def test_held_out_samples_repeat_as_long_as_the_weights_do(make_config: Callable
         update(models, experience, config, iteration, None, None)
     moved = sample_held_out(models, PROMPTS[:3], config)
     assert any(sample.kl != 0 for sample in moved)
+
+
+def test_held_out_samples_do_not_depend_on_the_number_of_ranks(
+    make_config: Callable[..., PpoConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L5: five prompts on one rank; on two, the last of which repeats a prompt that must count once."""
+    config = make_config()
+    models = load(config)
+    alone = sample_held_out(models, PROMPTS[:5], config)
+    gathered: list[list[Sample]] = []
+
+    def gather(own: list[Sample]) -> list[list[Sample]]:
+        gathered.append(own)
+        return gathered
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found = sample_held_out(models, PROMPTS[:5], config)
+    assert [len(own) for own in gathered] == [3, 3]
+    assert [(s.prompt, s.response, s.tokens) for s in found] == [(s.prompt, s.response, s.tokens) for s in alone]
+    assert [s.score for s in found] == pytest.approx([s.score for s in alone], abs=1e-5)
 
 
 def test_ppo_raises_the_score_of_a_task_that_it_can_see(make_config: Callable[..., PpoConfig]) -> None:

@@ -2,16 +2,24 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from step2_reward.config import RewardConfig
 from step2_reward.evaluate import Comparisons, compare_held_out, normalization
 from step2_reward.train import preference_loss, results_of
-from training.data import collate_pairs
+from training.checkpoint import export
+from training.config import DataConfig, ModelConfig, RunConfig
+from training.data import collate_pairs, num_steps
 from training.examples import PreferenceDataset, PreferenceRows
+from training.models import load_scalar_model, load_tokenizer
+from training.optim import lr_lambda
 
 
 def log_loss(difference: float) -> float:
@@ -111,6 +119,39 @@ def test_normalised_scores_have_mean_0_and_deviation_1(gain: float, bias: float)
     normalised = [new_gain * score + new_bias for score in raw]
     assert statistics.fmean(normalised) == pytest.approx(0, abs=1e-9)
     assert statistics.pstdev(normalised) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_saved_reward_model_gives_the_held_out_responses_mean_0_and_deviation_1(
+    tmp_path: Path, tiny_reward_model: Callable[[str], str]
+) -> None:
+    """R6, R8"""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [2 + n % 9 for n in range(40)]
+    rows = [(torch.randint(5, 261, (n,), generator=generator).tolist(), [True] * n) for n in lengths]
+    data = PreferenceDataset([PreferenceRows(rows[n : n + 2], 0.0) for n in range(0, 40, 2)])  # type: ignore[arg-type]
+    source = ModelConfig(path=tiny_reward_model("llama"))
+    model = load_scalar_model(source, torch.float32)
+    raw = compare_held_out(model, data, COLLATE, 4)
+    assert abs(statistics.fmean(raw.chosen + raw.rejected)) > 0.01
+    model.gain, model.bias = normalization(raw, model.gain, model.bias)
+    export(SimpleNamespace(module=model), tmp_path / "final", load_tokenizer(source), source)
+    again = load_scalar_model(ModelConfig(path=str(tmp_path / "final")), torch.float32)
+    found = compare_held_out(again, data, COLLATE, 3)
+    assert statistics.fmean(found.chosen + found.rejected) == pytest.approx(0, abs=1e-5)
+    assert statistics.pstdev(found.chosen + found.rejected) == pytest.approx(1, abs=1e-5)
+
+
+def test_by_default_there_is_one_epoch_and_the_learning_rate_ends_at_0() -> None:
+    """R7"""
+    config = RewardConfig(
+        model=ModelConfig(path="model"),
+        data=DataConfig(paths=("pairs.jsonl",), format="chosen_rejected"),
+        run=RunConfig(output_dir="run"),
+    )
+    steps = num_steps(1000, train_batch_size=64, epochs=config.epochs)
+    assert steps == 16  # 15 whole batches and one that is filled up
+    factor = lr_lambda(config.optim, steps)
+    assert factor(steps - 1) > factor(steps) == pytest.approx(0, abs=1e-15)
 
 
 def test_a_model_that_scores_everything_alike_cannot_be_normalised() -> None:

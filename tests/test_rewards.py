@@ -156,6 +156,23 @@ def test_bias_and_deviation_of_the_kl_estimators(shift: float, name: str, bias: 
     assert spread.item() / true_kl == pytest.approx(deviation, abs=0.006)
 
 
+def test_a_negative_mean_of_k1_says_that_another_distribution_was_sampled() -> None:
+    """K8: over 5 tokens, drawn from the actor itself, and drawn from the reference by mistake."""
+    actor = torch.tensor([0.3, -1.0, 0.8, 0.0, 2.0], dtype=torch.float64).log_softmax(-1)
+    reference = torch.tensor([1.0, 0.5, -0.7, 0.2, 0.1], dtype=torch.float64).log_softmax(-1)
+    estimates = KL_ESTIMATORS["k1"](actor, reference)
+    assert (actor.exp() * estimates).sum().item() == pytest.approx(kl_divergence(actor, reference), abs=1e-12)
+    assert (reference.exp() * estimates).sum().item() == pytest.approx(-kl_divergence(reference, actor), abs=1e-12)
+
+
+def kl_divergence(logprobs: torch.Tensor, other: torch.Tensor) -> float:
+    """Sum of p log(p / q), token by token; above 0 for two distributions that differ."""
+    pairs = zip(logprobs.tolist(), other.tolist(), strict=True)
+    divergence = sum(math.exp(p) * math.log(math.exp(p) / math.exp(q)) for p, q in pairs)
+    assert divergence > 0.1
+    return divergence
+
+
 def test_gradients_of_the_kl_estimators_as_losses() -> None:
     """K6: k1's is 0 in expectation, k2's that of KL(pi || ref), k3's that of KL(ref || pi); summed over 5 tokens."""
     preferences = torch.tensor([0.3, -1.0, 0.8, 0.0, 2.0], dtype=torch.float64, requires_grad=True)

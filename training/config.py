@@ -212,9 +212,9 @@ class RunConfig:
     seed: int = 1
     """Seed of the data order, of new weights and of sampling."""
     log_every: int = 10
-    """Optimizer steps between two lines of metrics."""
+    """Steps between two lines of metrics."""
     eval_every: int = 0
-    """Optimizer steps between two evaluations on held-out data; 0 evaluates only before and after."""
+    """Steps between two evaluations on held-out data; 0 evaluates only before and after."""
     tensorboard: bool = False
     """Also writes the metrics for TensorBoard, into the run's folder."""
     wandb_project: str | None = None
