@@ -17,15 +17,14 @@ from training.data import Batch
 from training.engine import backward_and_step, gradient_norm
 from training.forward import critic_values, response_logprobs
 from training.losses import (
-    MAX_LOG_RATIO,
     clipped_policy_loss,
     clipped_value_loss,
     entropy_bonus,
+    kl_loss,
     policy_statistics,
     sft_loss,
 )
 from training.masking import masked_sum
-from training.rewards import KL_ESTIMATORS
 
 
 @dataclass
@@ -140,26 +139,15 @@ def actor_loss(
         loss = loss - config.entropy_coefficient * entropy_bonus(entropy, mask, denominator)
         sums["entropy"] = masked_sum(entropy, mask)
     if config.kl.loss_coefficient > 0:
-        kl = kl_term(logprobs, micro.old_logprobs, micro.ref_logprobs, mask)
-        loss = loss + config.kl.loss_coefficient * kl / denominator
-        sums["kl_loss"] = kl
+        kl = kl_loss(logprobs, micro.old_logprobs, micro.ref_logprobs, mask, denominator)
+        loss = loss + config.kl.loss_coefficient * kl
+        sums["kl_loss"] = kl * denominator
     if ptx_batch is not None and ptx_count is not None:
         ptx_logprobs, _ = response_logprobs(models.actor, ptx_batch)
         ptx_loss = sft_loss(ptx_logprobs, ptx_batch.response_mask, ptx_count)
         loss = loss + config.ptx.coefficient * ptx_loss
         sums["ptx_loss"] = ptx_loss * denominator
     return loss, sums
-
-
-def kl_term(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Sum over tokens of k2 to the reference, weighted by how much likelier each token is now than when it was drawn.
-
-    Without the weight its gradient would be that of the KL on the first update of a rollout only. Tensors are [batch,
-    time]; what lies outside `mask` is replaced first, or it would come back as nan through the gradient.
-    """
-    logprobs, old, ref = (torch.where(mask, tensor, 0.0) for tensor in (logprobs, old_logprobs, ref_logprobs))
-    weights = (logprobs - old).detach().clamp(max=MAX_LOG_RATIO).exp()
-    return masked_sum(weights * KL_ESTIMATORS["k2"](logprobs, ref), mask)
 
 
 def critic_loss(

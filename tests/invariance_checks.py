@@ -158,7 +158,7 @@ def actor_by_definition(outputs: Outputs, data: Sequence[Example]) -> Tensor:
     old, reference, advantages, _, _ = torch.cat([example.numbers for example in data], 1).double()
     ratio = (logprobs - old).exp()
     policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
-    entropy, kl = -(every.exp() * every).sum(-1).mean(), ((logprobs - reference) ** 2 / 2).mean()
+    entropy, kl = -(every.exp() * every).sum(-1).mean(), (ratio.detach() * (logprobs - reference) ** 2 / 2).mean()
     ptx = -logprobs_of(outputs, [example.ptx for example in data])[0].mean()
     return policy - ENTROPY * entropy + KL_LOSS * kl + PTX * ptx
 

@@ -10,6 +10,7 @@ from training.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     entropy_bonus,
+    kl_loss,
     pairwise_reward_loss,
     policy_statistics,
     sft_loss,
@@ -242,6 +243,10 @@ def value_arguments() -> dict[str, Tensor]:
     return dict(zip(("values", "old_values", "returns"), policy_arguments().values(), strict=True))
 
 
+def kl_arguments() -> dict[str, Tensor]:
+    return dict(zip(("logprobs", "old_logprobs", "ref_logprobs"), policy_arguments().values(), strict=True))
+
+
 def dual_clipped_policy_loss(**arguments: Any) -> Tensor:
     return clipped_policy_loss(**arguments, dual_clip=3.0)
 
@@ -251,6 +256,7 @@ TOKEN_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[], dict[str, Tens
     "sft": (sft_loss, lambda: {"logprobs": policy_arguments()["logprobs"]}),
     "policy": (clipped_policy_loss, policy_arguments),
     "dual_clip": (dual_clipped_policy_loss, policy_arguments),
+    "kl": (kl_loss, kl_arguments),
     "value": (clipped_value_loss, value_arguments),
     "entropy": (entropy_bonus, lambda: {"entropy": policy_arguments()["logprobs"]}),
 }
@@ -352,3 +358,20 @@ def test_policy_statistics_by_hand() -> None:
     assert statistics["approx_kl"].item() == pytest.approx(sum(r - 1 - math.log(r) for r in ratios), rel=1e-6)
     assert statistics["clipped"].item() == 2
     assert not any(number.requires_grad for number in statistics.values())
+
+
+def test_the_kl_loss_has_the_gradient_of_the_kl_also_on_samples_of_an_older_policy() -> None:
+    """K6: every token of a vocabulary of 5, each as often as the old policy draws it, so that the sum is exact."""
+    logits, old, ref = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits.requires_grad_()
+    old_logprobs, ref_logprobs = old.log_softmax(-1), ref.log_softmax(-1)
+    (exact,) = torch.autograd.grad(
+        (logits.softmax(-1) * (logits.log_softmax(-1) - ref_logprobs)).sum(), logits, retain_graph=True
+    )
+    one = torch.ones(1, 1, dtype=torch.bool)
+    found = torch.zeros(5, dtype=torch.float64)
+    for token in range(5):
+        rows = (logprobs[None, None, token] for logprobs in (logits.log_softmax(-1), old_logprobs, ref_logprobs))
+        (gradient,) = torch.autograd.grad(kl_loss(*rows, one, 1), logits)
+        found += old_logprobs[token].exp() * gradient
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)

@@ -102,6 +102,31 @@ def clipped_policy_loss(
     return _divide(masked_sum(losses, mask), denominator)
 
 
+def kl_loss(
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, denominator: Tensor | float
+) -> Tensor:
+    """KL to the reference as a term of the loss: half the squared log-ratio, weighted by now over then.
+
+        p / p_old * (log p - log p_ref)^2 / 2            (k2 of Schulman 2020; the weight has no gradient)
+
+    Its gradient is that of KL(actor || reference) on samples of the policy that the rollout was drawn from: without
+    the weight it would be so on the first update of a rollout only.
+
+    Args:
+        logprobs: [batch, time] log-probability of token t under the actor.
+        old_logprobs: [batch, time] the same when the response was sampled.
+        ref_logprobs: [batch, time] the same under the reference.
+        mask: [batch, time] bool, true on response tokens.
+        denominator: response tokens in the whole optimizer step.
+
+    Returns: scalar, nats per token.
+    """
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    weights = _log_ratio(logprobs.detach(), old_logprobs, mask).exp()
+    difference = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    return _divide(masked_sum(0.5 * weights * difference.square(), mask), denominator)
+
+
 def clipped_value_loss(
     values: Tensor,
     old_values: Tensor,
