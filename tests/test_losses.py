@@ -371,7 +371,7 @@ def test_the_kl_loss_has_the_gradient_of_the_kl_also_on_samples_of_an_older_poli
     one = torch.ones(1, 1, dtype=torch.bool)
     found = torch.zeros(5, dtype=torch.float64)
     for token in range(5):
-        rows = (logprobs[None, None, token] for logprobs in (logits.log_softmax(-1), old_logprobs, ref_logprobs))
-        (gradient,) = torch.autograd.grad(kl_loss(*rows, one, 1), logits)
+        now, then, ref_then = (each[None, None, token] for each in (logits.log_softmax(-1), old_logprobs, ref_logprobs))
+        (gradient,) = torch.autograd.grad(kl_loss(now, then, ref_then, one, 1), logits)
         found += old_logprobs[token].exp() * gradient
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
