@@ -164,6 +164,21 @@ def test_a_wrong_reference_fails_the_check(make_config: Callable[..., PpoConfig]
     assert "start-up check" in check(models, rollout, asked_for)
 
 
+def test_differences_of_both_signs_do_not_cancel_in_the_check(make_config: Callable[..., PpoConfig]) -> None:
+    """L1, K2: token by token 0.1 too high and too low by turns."""
+    config = make_config()
+    models, rollout, _ = start(config)
+    by_turns = torch.zeros_like(rollout.logprobs)
+    by_turns[rollout.mask] = 0.1 * torch.tensor([1.0, -1.0]).repeat(int(rollout.mask.sum()))[: int(rollout.mask.sum())]
+    shaken = {name: getattr(rollout, name) + by_turns for name in ("logprobs", "ref_logprobs", "sampler_logprobs")}
+    with pytest.raises(RuntimeError, match=r"log-ratios differ from 0 by 0\.1000"):
+        check(models, replace(rollout, **shaken), config)
+    with pytest.raises(RuntimeError, match=r"the kl is .* differ from 0 by 0\.1000"):
+        check(models, replace(rollout, ref_logprobs=shaken["ref_logprobs"]), config)
+    with pytest.raises(RuntimeError, match=r"differ from the trainer's by 0\.1000"):
+        check(models, replace(rollout, sampler_logprobs=shaken["sampler_logprobs"]), config)
+
+
 def test_a_sampler_of_other_probabilities_fails_the_check(make_config: Callable[..., PpoConfig]) -> None:
     """G2, K8"""
     config = make_config()
@@ -354,17 +369,27 @@ def test_the_learning_rates_of_actor_and_critic_are_their_own_and_end_at_0(
         assert {group["eps"] for group in engine.optimizer.param_groups} == {1e-5}
 
 
+def of_unequal_lengths(experience: Experience) -> Experience:
+    """Row n keeps the first n + 1 tokens of its response."""
+    mask = experience.batch.response_mask
+    kept = mask & (mask.cumsum(1) <= torch.arange(1, len(mask) + 1, device=mask.device)[:, None])
+    return replace(experience, batch=replace(experience.batch, response_mask=kept))
+
+
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
 def test_the_micro_batch_size_changes_no_update(make_config: Callable[..., PpoConfig], lora: LoraConfig) -> None:
-    """L5: of actor and critic."""
+    """L5: of actor and critic, and not clipped: a norm would hide that a gradient is too large."""
     results = []
+    unclipped = EngineConfig(zero_stage=0, precision="fp32", gradient_clipping=0.0)
     gentle = replace(FAST, lr=1e-3, eps=1e-2)  # else Adam makes a whole step of a gradient that is only rounding
     for size in (1, 2, 4):
         options = {"actor_optim": gentle, "critic_optim": gentle, "entropy_coefficient": 0.1, "ppo_epochs": 2}
-        config = make_config(lora=lora, micro_batch_size=size, kl=KlConfig(loss_coefficient=0.1), **options)
+        config = make_config(
+            lora=lora, engine=unclipped, micro_batch_size=size, kl=KlConfig(loss_coefficient=0.1), **options
+        )
         torch.manual_seed(0)
         models, _, experience = start(config)
-        metrics = update(models, experience, config, 0, None, None)
+        metrics = update(models, of_unequal_lengths(experience), config, 0, None, None)
         results.append((metrics, weights(models.actor.module), weights(models.critic.module)))
     for metrics, actor, critic in results[1:]:
         for name, value in results[0][0].items():

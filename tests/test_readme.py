@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tyro
 from deepspeed.launcher.runner import parse_args as parse_launcher_arguments
 
 from scripts.chat import ChatConfig
+from scripts.classic_control import ControlConfig
 from scripts.run_all import load_recipe
 from step1_sft.config import SftConfig
 from step2_reward.config import RewardConfig
@@ -112,6 +114,8 @@ def check_module(module: str, arguments: list[str]) -> None:
         load_config(CONFIGS[module], arguments)
     elif module == "scripts.run_all":
         load_recipe(arguments)
+    elif module == "scripts.classic_control":
+        tyro.cli(ControlConfig, args=arguments, use_underscores=True)
     else:
         check_argparse(module, arguments)
 

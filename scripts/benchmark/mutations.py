@@ -1,0 +1,328 @@
+"""Mistakes that people make in this arithmetic, each as a change of one place, and the tests that should notice."""
+
+# Which tests to ask when a file is broken: those of the file first, and whole runs on two ranks last.
+TESTS: dict[str, tuple[str, ...]] = {
+    "training/masking.py": ("test_masking.py", "test_losses.py", "test_rewards.py", "test_ppo.py"),
+    "training/logprobs.py": ("test_logprobs.py", "test_forward.py", "test_ppo.py"),
+    "training/advantages.py": ("test_advantages.py", "test_ppo.py"),
+    "training/losses.py": ("test_losses.py", "test_ppo.py"),
+    "training/rewards.py": ("test_rewards.py", "test_ppo.py"),
+    "training/forward.py": ("test_forward.py", "test_ppo.py"),
+    "training/tokenization.py": ("test_data.py", "test_models.py"),
+    "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
+    "training/models.py": ("test_models.py", "test_checkpoint.py", "test_ppo.py"),
+    "training/generation/sampler.py": ("test_generation.py",),
+    "training/generation/hf.py": ("test_generation.py", "test_ppo.py"),
+    "training/optim.py": ("test_optim.py", "test_engine.py"),
+    "training/distributed.py": ("test_distributed_helpers.py", "test_distributed.py"),
+    "training/engine.py": ("test_engine.py", "test_loop.py", "test_distributed.py"),
+    "training/loop.py": ("test_loop.py", "test_distributed.py"),
+    "training/metrics.py": ("test_metrics.py", "test_loop.py"),
+    "training/checkpoint.py": ("test_checkpoint.py", "test_distributed.py"),
+    "step2_reward/evaluate.py": ("test_reward_evaluation.py", "test_distributed.py"),
+    "step3_ppo/rollout.py": ("test_ppo.py", "test_distributed.py"),
+    "step3_ppo/ppo.py": ("test_ppo.py", "test_distributed.py"),
+    "step3_ppo/models.py": ("test_ppo.py",),
+    "step3_ppo/ema.py": ("test_ppo.py", "test_distributed.py"),
+    "step3_ppo/check.py": ("test_ppo.py",),
+    "step3_ppo/evaluate.py": ("test_ppo.py",),
+    "step3_ppo/train.py": ("test_ppo.py",),
+}
+
+# File -> what is wrong -> (source text that stands there exactly once, what replaces it).
+MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "training/masking.py": {
+        "whitening uses the sample variance": (
+            "variance = (sums[2] / count - mean.square())",
+            "variance = ((sums[2] - count * mean.square()) / (count - 1).clamp(min=1))",
+        ),
+        "whitening counts padding": (
+            "torch.stack([mask.sum().double()",
+            "torch.stack([torch.ones_like(mask).sum().double()",
+        ),
+        "the last token is found by counting tokens from column 0": (
+            "return mask & (true_from_here_on == 1)",
+            "return torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1",
+        ),
+    },
+    "training/logprobs.py": {
+        "a log-probability is taken at the token's own position": (
+            "targets = input_ids[:, time - kept + 1 :]",
+            "targets = input_ids[:, time - kept : -1]",
+        ),
+        "log-probabilities forget the temperature": (
+            "_TokenLogprobs.apply(logits, targets, temperature)",
+            "_TokenLogprobs.apply(logits, targets, 1.0)",
+        ),
+        "log-probabilities of a 16-bit model are computed in 16 bits": (
+            "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))",
+            "return tensor",
+        ),
+        "the critic's value has seen the token that it judges": (
+            "return F.pad(_at_least_float32(position_values[:, :-1]), (1, 0))",
+            "return _at_least_float32(position_values)",
+        ),
+        "the score is read in the last column, padding or not": (
+            "return torch.where(last_true(attention_mask), _at_least_float32(position_values), 0.0).sum(dim=1)",
+            "return _at_least_float32(position_values)[:, -1]",
+        ),
+    },
+    "training/advantages.py": {
+        "GAE bootstraps from values in padding": (
+            "next_values = torch.where(mask[:, t], values[:, t], next_values)",
+            "next_values = values[:, t]",
+        ),
+        "RLOO's baseline includes the response itself": (
+            "mean_of_others = (totals.sum(dim=1, keepdim=True) - totals) / (group_size - 1)",
+            "mean_of_others = totals.mean(dim=1, keepdim=True)",
+        ),
+        "groups are interleaved rows, not consecutive ones": (
+            ".view(-1, group_size)",
+            ".view(group_size, -1).T",
+        ),
+    },
+    "training/losses.py": {
+        "the policy loss is the better of unclipped and clipped": (
+            "losses = torch.maximum(-advantages * ratio,",
+            "losses = torch.minimum(-advantages * ratio,",
+        ),
+        "clip_low and clip_high are swapped": (
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.clamp(1 - clip_high, 1 + clip_low)",
+        ),
+        "the dual clip bounds good tokens as well": (
+            "torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)",
+            "torch.minimum(losses, -advantages * dual_clip)",
+        ),
+        "the policy loss is a mean of the responses' means": (
+            "return _divide(masked_sum(losses, mask), denominator)",
+            "return (masked_sum(losses, mask, dim=1) / mask.sum(dim=1).clamp(min=1)).mean()",
+        ),
+        "the weight of the KL loss has a gradient": (
+            "_log_ratio(logprobs.detach(), old_logprobs, mask)",
+            "_log_ratio(logprobs, old_logprobs, mask)",
+        ),
+        "values are clipped around the returns": (
+            "clipped = old_values + (values - old_values).clamp(-clip, clip)",
+            "clipped = returns + (values - returns).clamp(-clip, clip)",
+        ),
+    },
+    "training/rewards.py": {
+        "the KL penalty is a bonus": ("score_on_last - kl_coefficient * kl", "score_on_last + kl_coefficient * kl"),
+        "k3 has actor and reference swapped": (
+            "return torch.expm1(-difference) + difference",
+            "return torch.expm1(difference) - difference",
+        ),
+        "the score stands on every token": (
+            "torch.where(last_true(mask), scores.unsqueeze(1), 0.0)",
+            "torch.where(mask, scores.unsqueeze(1), 0.0)",
+        ),
+        "the adaptive KL coefficient's error is not clipped": (
+            "error = min(max(kl / self.target - 1, -0.2), 0.2)",
+            "error = kl / self.target - 1",
+        ),
+        "the adaptive KL coefficient falls where the KL is too high": (
+            "self.coefficient *= 1 + error * num_samples / self.horizon",
+            "self.coefficient *= 1 - error * num_samples / self.horizon",
+        ),
+    },
+    "training/forward.py": {
+        "the logits that choose the first response token are left out": (
+            "kept = min(time, time - first + 1)",
+            "kept = time - first",
+        ),
+    },
+    "training/tokenization.py": {
+        "EOS is not part of what is learnt": (
+            "return ids if ids[-1:] == [eos_id] else [*ids, eos_id]",
+            "return ids",
+        ),
+    },
+    "training/data.py": {
+        "masks are made by comparing ids with the pad token": (
+            "attention_mask[row, :length] = True",
+            "attention_mask[row] = input_ids[row] != pad_id",
+        ),
+        "every epoch has the same order": ("np.random.PCG64([seed, epoch])", "np.random.PCG64([seed, 0])"),
+        "the examples that fill no whole step are never seen": (
+            "math.ceil(num_examples * epochs / train_batch_size)",
+            "math.floor(num_examples * epochs / train_batch_size)",
+        ),
+        "every rank trains on the same examples": (
+            "first = step * train_batch_size + rank * share",
+            "first = step * train_batch_size",
+        ),
+        "a rank without held-out data counts an example again": (
+            "yield collate_fn([dataset[0]]).as_filler()",
+            "yield collate_fn([dataset[0]])",
+        ),
+    },
+    "training/models.py": {
+        "dropout stays on": ("setattr(config, name, 0.0)", "setattr(config, name, value)"),
+        "a new head has its variance for a deviation": (
+            "std=1 / math.sqrt(model.score.in_features + 1)",
+            "std=1 / (model.score.in_features + 1)",
+        ),
+        "weights that a folder lacks stay random in silence": (
+            "if missing or unexpected or reshaped:",
+            "if unexpected or reshaped:",
+        ),
+        "adapters are dropped in place of merged": ("adapted.merge_and_unload()", "adapted.unload()"),
+    },
+    "training/generation/sampler.py": {
+        "the sampler reports log-probabilities at temperature 1": (
+            "return tokens, logprobs.gather(",
+            "return tokens, (logits * sampling.temperature).log_softmax(-1).gather(",
+        ),
+        "the sampler reports log-probabilities before top-k and top-p": (
+            "logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)\n"
+            "    logprobs = logits.log_softmax(-1)\n"
+            "    cumulative = logprobs.exp().cumsum(-1)",
+            "logprobs = (logits / sampling.temperature).log_softmax(-1)\n"
+            "    cumulative = restrict(logprobs, sampling.top_k, sampling.top_p).softmax(-1).cumsum(-1)",
+        ),
+    },
+    "training/generation/hf.py": {
+        "positions count the padding on the left": (
+            "(mask.cumsum(-1) - 1).clamp_(min=0)[:, -input_ids.shape[1] :]",
+            "(torch.ones_like(mask).cumsum(-1) - 1)[:, -input_ids.shape[1] :]",
+        ),
+        "EOS is cut off the response": ("lengths[running[ended]] = step + 1", "lengths[running[ended]] = step"),
+        "a row that moves up in the batch draws with its neighbour's seed": (
+            "uniforms[running, step]",
+            "uniforms[: len(running), step]",
+        ),
+    },
+    "training/optim.py": {
+        "the first step of the warm-up has learning rate 0": (
+            "return (step + 1) / warmup_steps",
+            "return step / warmup_steps",
+        ),
+        "Adam's eps is not passed on": ("        eps=config.eps,\n", ""),
+        "biases and norms decay": (
+            '{"params": vectors, "weight_decay": 0.0}',
+            '{"params": vectors, "weight_decay": weight_decay}',
+        ),
+    },
+    "training/distributed.py": {
+        "every rank has the same seed": ("seed = (seed + rank * 100003) % 2**32", "seed = seed % 2**32"),
+    },
+    "training/engine.py": {
+        "gradients are averaged over ranks, not added": ("loss * world_size(), scale", "loss, scale"),
+        "the loss is divided once more by the number of micro-batches": (
+            "engine.backward(loss * world_size(), scale_wrt_gas=False)",
+            "engine.backward(loss * world_size())",
+        ),
+        "gradients are not clipped": ('"gradient_clipping": config.gradient_clipping', '"gradient_clipping": 0.0'),
+        "adapters stay merged after generating": (
+            "            layer.get_base_layer().weight.data.copy_(weight)\n",
+            "",
+        ),
+    },
+    "training/loop.py": {
+        "the loss is divided by the tokens of this rank": (
+            "denominator = sum_over_ranks(torch.stack([count_fn(micro_batch) for micro_batch in micro_batches]).sum())",
+            "denominator = torch.stack([count_fn(micro_batch) for micro_batch in micro_batches]).sum()",
+        ),
+        "the loss is a mean of the micro-batches' means": (
+            "loss_fn(engine, micro_batch, denominator.clamp(min=1e-8))",
+            "loss_fn(engine, micro_batch, count_fn(micro_batch).clamp(min=1e-8) * len(micro_batches))",
+        ),
+    },
+    "training/metrics.py": {
+        "the log shows the tokens of its last step for those so far": (
+            "self.tokens += tokens",
+            "self.tokens = tokens",
+        ),
+    },
+    "training/checkpoint.py": {
+        "the moving average is not what is saved": ("replacements.get(name, parameter)", "parameter"),
+    },
+    "step2_reward/evaluate.py": {
+        "a tie counts as right": (
+            "return self._mean([(d > 0) + 0.5 * (d == 0) for d in self.differences])",
+            "return self._mean([float(d >= 0) for d in self.differences])",
+        ),
+        "normalising forgets that scores were normalised before": (
+            "return gain / deviation, (bias - mean) / deviation",
+            "return 1 / deviation, -mean / deviation",
+        ),
+    },
+    "step3_ppo/rollout.py": {
+        "the response mask is shifted by one": (
+            "[False] * len(row.prompt_ids) + [True] * len(completion.response_ids)",
+            "[False] * (len(row.prompt_ids) - 1) + [True] * len(completion.response_ids) + [False]",
+        ),
+        "old log-probabilities keep their gradient": ("with torch.no_grad():", "with contextlib.nullcontext():"),
+        "the score for a missing EOS goes to responses that have one": (
+            "torch.where(rollout.finished, scores, config.missing_eos_score)",
+            "torch.where(rollout.finished, config.missing_eos_score, scores)",
+        ),
+        "advantages are whitened with the numbers of one rank": (
+            "sums = distributed.sum_over_ranks(masked_power_sums(values, mask))",
+            "sums = masked_power_sums(values, mask)",
+        ),
+        "all samples of a prompt are drawn with one seed": ("{stream}/{p}/{sample}", "{stream}/{p}"),
+    },
+    "step3_ppo/ppo.py": {
+        "the order of rows is the same in every PPO epoch": (
+            "seed = (config.run.seed, iteration, epoch, distributed.rank())",
+            "seed = (config.run.seed, iteration, distributed.rank())",
+        ),
+        "PPO's loss is divided by the tokens of this rank": (
+            "denominator = distributed.sum_over_ranks(mask.sum())",
+            "denominator = mask.sum()",
+        ),
+        "PPO's loss is divided by the tokens of the micro-batch": (
+            "actor_loss(models, micro, config, denominator, ptx_batch, ptx_count)",
+            "actor_loss(models, micro, config, micro.batch.response_mask.sum(), ptx_batch, ptx_count)",
+        ),
+        "the PTX loss is divided by the number of sampled tokens": (
+            "sft_loss(ptx_logprobs, ptx_batch.response_mask, ptx_count)",
+            "sft_loss(ptx_logprobs, ptx_batch.response_mask, denominator)",
+        ),
+        "PPO's metrics are those of one rank": (
+            "totals = distributed.sum_over_ranks(torch.stack([self.sums[name].double() for name in names]))",
+            "totals = torch.stack([self.sums[name].double() for name in names])",
+        ),
+        "each rank decides alone to stop early": (
+            "approx_kl, count = distributed.sum_over_ranks(statistics).tolist()",
+            "approx_kl, count = statistics.tolist()",
+        ),
+    },
+    "step3_ppo/models.py": {
+        "the reference is the actor with its adapter on": (
+            "    with actor.module.disable_adapter():\n        yield actor",
+            "    yield actor",
+        ),
+    },
+    "step3_ppo/ema.py": {
+        "the moving average has its decay inverted": (".float(), 1 - self.decay)", ".float(), self.decay)"),
+        "the moving average is a view of the weights": (
+            "_local(p).detach().float().clone()",
+            "_local(p).detach().float()",
+        ),
+    },
+    "step3_ppo/check.py": {
+        "in the start-up check differences of both signs cancel": (
+            "log_ratio.exp(), log_ratio.abs(), kl, kl.abs(), gap",
+            "log_ratio.exp(), log_ratio, kl, kl, gap",
+        ),
+    },
+    "step3_ppo/evaluate.py": {
+        "a tie counts as a win": (
+            "(b < a) + 0.5 * (b == a) for b, a",
+            "float(b <= a) for b, a",
+        ),
+        "held-out prompts that fill up the last rank count twice": (
+            "for sample in samples][: len(prompts)]",
+            "for sample in samples]",
+        ),
+    },
+    "step3_ppo/train.py": {
+        "every rank answers the same prompts": (
+            "first = iteration * config.rollout_batch_size + distributed.rank() * share",
+            "first = iteration * config.rollout_batch_size",
+        ),
+    },
+}
