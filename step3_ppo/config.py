@@ -127,10 +127,14 @@ class PpoConfig:
     """Prompts of one iteration, over all GPUs."""
     samples_per_prompt: int = 1
     """Responses to each prompt; estimators without a critic compare them with each other and need at least 2."""
-    generator: Literal["hf"] = "hf"
-    """Rollout backend."""
+    generator: Literal["native", "hf"] = "native"
+    """Rollout backend: native decodes on the training weights with its own cache and lets a waiting prompt take the
+    place of a row that ends; hf uses the Hugging Face model's cache and serves what native cannot."""
     generation_batch_size: int = 64
     """Responses decoded together on one GPU. Memory for keys and values grows with it."""
+    kv_cache_gib: float | None = None
+    """Memory for keys and values on one GPU, for the native backend: responses that do not fit wait for others to
+    end. None for as much as `generation_batch_size` needs."""
     ppo_epochs: int = 1
     """Passes over each rollout. More learn more from a sample and move further from where it was drawn."""
     train_batch_size: int = 64
@@ -183,6 +187,7 @@ class PpoConfig:
             "score_clip",
             "value_clip",
             "target_kl",
+            "kv_cache_gib",
         )
         check_range(self, "clip_low", "clip_high", "entropy_coefficient", "critic_warmup_iterations", low=0)
         check_range(self, "dual_clip", low=1)
@@ -198,6 +203,8 @@ class PpoConfig:
                     f"{name}.lora.dropout is {model.lora.dropout}: PPO compares forwards of the same weights, which "
                     "dropout makes differ; set it to 0"
                 )
+        if self.generator == "hf" and self.kv_cache_gib is not None:
+            raise ValueError("kv_cache_gib limits the native backend, but generator is hf: lower generation_batch_size")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy responses leave nothing to explore; 1 is usual")
         if self.responses % self.train_batch_size:

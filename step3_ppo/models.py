@@ -22,7 +22,7 @@ from training.engine import (
     train_engine,
 )
 from training.generation.backends import GENERATORS
-from training.generation.interface import Generator
+from training.generation.interface import Endings, Generator
 from training.models import (
     check_same_tokenizer,
     eos_token_ids,
@@ -65,10 +65,16 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Models
         reference=_load_reference(config, actor),
         scorer=scorer,
         score_scale=score_scale,
-        generator=GENERATORS[config.generator](
-            partial(generation_mode, actor), eos_token_ids(config.actor, tokenizer), config.generation_batch_size
-        ),
+        generator=_generator(config, tokenizer, actor),
     )
+
+
+def _generator(config: PpoConfig, tokenizer: PreTrainedTokenizerBase, actor: deepspeed.DeepSpeedEngine) -> Generator:
+    stop_sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.sampling.stop]
+    endings = Endings.of(eos_token_ids(config.actor, tokenizer), stop_sequences)
+    open_module = partial(generation_mode, actor)
+    limit = {} if config.kv_cache_gib is None else {"cache_gib": config.kv_cache_gib}
+    return GENERATORS[config.generator](open_module, endings, config.generation_batch_size, **limit)
 
 
 def critic_source(config: PpoConfig) -> ModelConfig:

@@ -62,7 +62,7 @@ def main() -> None:
         experience, kl = make_experience(rollout, config, controller.coefficient)
         with timer.phase("train"):
             metrics = update(models, experience, config, iteration, demonstrations, average)
-        metrics = rollout_metrics(rollout, kl, controller.coefficient) | metrics
+        metrics = rollout_metrics(rollout, kl, controller.coefficient) | models.generator.metrics() | metrics
         controller.update(metrics["rollout/kl"], config.responses)
         phase_seconds.update(timer.seconds)
         tokens = distributed.sum_over_ranks(rollout.batch.attention_mask.sum())

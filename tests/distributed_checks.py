@@ -38,7 +38,8 @@ from training.engine import backward_and_step, generation_mode, loading_options,
 from training.examples import PreferenceDataset, PreferenceRows, TokenizedDataset
 from training.forward import response_logprobs, reward_scores
 from training.generation.hf import HuggingFaceGenerator
-from training.generation.interface import SamplingConfig
+from training.generation.interface import Endings, SamplingConfig
+from training.generation.native import NativeGenerator
 from training.loop import fit
 from training.metrics import MetricsLogger
 from training.models import load_causal_lm, load_scalar_model
@@ -225,10 +226,10 @@ def generation_under_zero_3_does_not_wait_for_other_ranks(folder: Path) -> None:
     seeds = list(range(len(prompts)))
     engine = build_engine(causal_lm, 3, folder)
     eos_ids = list(range(5, 30))  # so that rows end early, and at different times
-    generator = HuggingFaceGenerator(partial(generation_mode, engine), eos_ids, batch_size=2)
+    generator = NativeGenerator(partial(generation_mode, engine), Endings.of(eos_ids), batch_size=2)
     found = generator.generate(prompts, sampling, seeds)
     model = plain(causal_lm, folder).eval().requires_grad_(False)
-    alone = HuggingFaceGenerator(lambda: contextlib.nullcontext(model), eos_ids, batch_size=8)
+    alone = HuggingFaceGenerator(lambda: contextlib.nullcontext(model), Endings.of(eos_ids), batch_size=8)
     expected = alone.generate(prompts, sampling, seeds)
     assert [row.response_ids for row in found] == [row.response_ids for row in expected]
     counts = distributed.gather_objects([len(row.response_ids) for row in found])

@@ -124,6 +124,7 @@ CONFIG_ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("step3_ppo", {"estimator": "best"}, "estimator is best: choose one of gae"),
     ("step3_ppo", {"train_batch_size": 6}, r"train_batch_size \(6\) does not divide"),
     ("step3_ppo", {"sampling.temperature": 0}, "temperature is 0: greedy responses"),
+    ("step3_ppo", {"generator": "hf", "kv_cache_gib": 1}, "generator is hf: lower generation_batch_size"),
     ("step3_ppo", {"critic_warmup_iterations": 2}, "is 2 of 2 iterations, so the actor would never be trained"),
     ("step3_ppo", {"ptx.coefficient": 1.0}, "ptx.coefficient is above 0: give the demonstrations in paths"),
 ]

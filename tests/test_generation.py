@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ from training.data import collate
 from training.engine import backward_and_step, generation_mode, train_engine
 from training.forward import response_logprobs
 from training.generation.backends import GENERATORS
-from training.generation.hf import HuggingFaceGenerator
-from training.generation.interface import Completion, SamplingConfig
+from training.generation.interface import Completion, Endings, Generator, SamplingConfig
+from training.generation.native import NativeGenerator, follows_the_hook
+from training.generation.packed_weights import packed_weights
 from training.generation.sampler import restrict, sample_tokens
 from training.models import load_causal_lm
 
@@ -29,13 +31,35 @@ ARCHITECTURES = sorted(CONFIGS)
 GREEDY = SamplingConfig(max_new_tokens=64, temperature=0.0)
 
 
-def generator_of(module: nn.Module, eos_ids: Sequence[int] = (EOS,), batch_size: int = 8) -> HuggingFaceGenerator:
-    @contextlib.contextmanager
-    def open_module() -> Iterator[nn.Module]:
-        with torch.no_grad():
-            yield module
+TinyModel = Callable[[str], str]
+MakeGenerator = Callable[..., Generator]
 
-    return HuggingFaceGenerator(open_module, eos_ids, batch_size)
+
+@pytest.fixture(params=sorted(GENERATORS))
+def generator_of(request: pytest.FixtureRequest) -> MakeGenerator:
+    """Every test below holds for every backend."""
+
+    def make(
+        module: nn.Module,
+        eos_ids: Sequence[int] = (EOS,),
+        batch_size: int = 8,
+        stop_sequences: Sequence[Sequence[int]] = (),
+    ) -> Generator:
+        @contextlib.contextmanager
+        def open_module() -> Iterator[nn.Module]:
+            with torch.no_grad():
+                yield module
+
+        generator = GENERATORS[request.param](open_module, Endings.of(eos_ids, stop_sequences), batch_size)
+        if isinstance(generator, NativeGenerator):
+            if isinstance(module, Chain):
+                generator.takes_the_hook = True  # it has no attention at all
+            else:
+                with torch.no_grad():
+                    assert follows_the_hook(module)  # else the other backend would be tested
+        return generator
+
+    return make
 
 
 def load(path: str) -> PreTrainedModel:
@@ -54,8 +78,10 @@ SEEDS = [101, 102, 103, 104, 105]
 # Against transformers
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_tokens_are_those_of_transformers(tiny_model: Callable[[str], str], architecture: str) -> None:
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "phi3"])
+def test_greedy_tokens_are_those_of_transformers(
+    tiny_model: TinyModel, architecture: str, generator_of: MakeGenerator
+) -> None:
     """G1, F2: 64 tokens, prompts of unequal length, one by one on the other side; also beyond a sliding window."""
     model: Any = load(tiny_model(architecture))
     completions = generator_of(model).generate(PROMPTS, GREEDY, SEEDS)
@@ -75,9 +101,9 @@ def test_greedy_tokens_are_those_of_transformers(tiny_model: Callable[[str], str
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "phi3"])
 def test_the_samplers_logprobs_are_the_trainers(
-    tiny_model: Callable[[str], str], architecture: str, temperature: float
+    tiny_model: TinyModel, architecture: str, temperature: float, generator_of: MakeGenerator
 ) -> None:
     """G2, F1, F6: sampled with padding on the left and a cache, scored with padding on the right and at once."""
     model = load(tiny_model(architecture))
@@ -98,7 +124,10 @@ def test_the_samplers_logprobs_are_the_trainers(
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_new_weights_are_used_after_a_step(tiny_model: Callable[[str], str], zero_stage: Any, lora: LoraConfig) -> None:
+@pytest.mark.parametrize("backend", sorted(GENERATORS))
+def test_new_weights_are_used_after_a_step(
+    tiny_model: TinyModel, zero_stage: Any, lora: LoraConfig, backend: str
+) -> None:
     """G4"""
     config = EngineConfig(zero_stage=zero_stage, precision="fp32")
     loaded = load_causal_lm(ModelConfig(path=tiny_model("llama"), lora=lora), torch.float32)
@@ -106,7 +135,7 @@ def test_new_weights_are_used_after_a_step(tiny_model: Callable[[str], str], zer
     optim = OptimConfig(lr=0.03, warmup_fraction=0.0)
     engine = train_engine(loaded, config, optim, micro_batch_size=1, train_batch_size=1, total_steps=10)
     device = next(engine.module.parameters()).device
-    generator = HuggingFaceGenerator(lambda: generation_mode(engine), [EOS], batch_size=8)
+    generator = GENERATORS[backend](lambda: generation_mode(engine), Endings.of([EOS]), batch_size=8)
     before = generator.generate(PROMPTS, GREEDY, SEEDS)
     backward_and_step(engine, engine(input_ids=torch.tensor([PROMPTS[1]], device=device)).logits[..., 7].sum())
     after = generator.generate(PROMPTS, GREEDY, SEEDS)
@@ -117,8 +146,123 @@ def test_new_weights_are_used_after_a_step(tiny_model: Callable[[str], str], zer
     assert after[0].response_ids[0] == int(first)
 
 
-def test_the_backend_has_a_name() -> None:
-    assert GENERATORS["hf"] is HuggingFaceGenerator
+# The native backend
+
+
+def native(module: nn.Module, batch_size: int = 8) -> NativeGenerator:
+    @contextlib.contextmanager
+    def open_module() -> Iterator[nn.Module]:
+        with torch.no_grad():
+            yield module
+
+    return NativeGenerator(open_module, Endings.of([EOS]), batch_size)
+
+
+@pytest.mark.parametrize("architecture", ["gptj", "bloom", "falcon"])
+def test_an_architecture_that_ignores_the_hook_is_served_by_hf(
+    tiny_model: TinyModel, architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = load(tiny_model(architecture))
+    generator = native(model)
+    (first, _) = generator.generate(PROMPTS[:2], GREEDY, SEEDS[:2])
+    generator.generate(PROMPTS[:2], GREEDY, SEEDS[:2])
+    expected = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=64, do_sample=False, eos_token_id=EOS)
+    assert first.response_ids == expected[0, len(PROMPTS[0]) :].tolist()
+    assert [record.message for record in caplog.records] == [
+        "the native rollout backend cannot serve this architecture: hf does"
+    ]
+
+
+def test_attention_that_the_hook_does_not_know_is_found_out(tiny_model: TinyModel) -> None:
+    """As where a layer adds something to its attention that is not among the arguments."""
+    model: Any = load(tiny_model("llama"))
+    with torch.no_grad():
+        assert follows_the_hook(model)
+        model.model.layers[1].self_attn.layer_idx = 0  # both layers would share one cache
+        assert not follows_the_hook(model)
+
+
+def test_the_modules_own_attention_is_back_after_a_rollout(tiny_model: TinyModel) -> None:
+    """Also after one that was cut short."""
+    model: Any = load(tiny_model("llama"))
+    before = model.config._attn_implementation
+    native(model).generate(PROMPTS[:1], SamplingConfig(max_new_tokens=2), SEEDS[:1])
+    assert model.config._attn_implementation == before
+    with pytest.raises(ValueError):
+        native(model).generate([[]], SamplingConfig(max_new_tokens=2), [1])
+    with pytest.raises(IndexError):  # no such token
+        native(model).generate([[VOCAB_SIZE + 5]], SamplingConfig(max_new_tokens=2), [1])
+    assert model.config._attn_implementation == before
+    assert native(model).generate(PROMPTS[:1], GREEDY, SEEDS[:1])
+
+
+def test_equal_prompts_are_computed_once(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_model("llama"))
+    seen: list[int] = []
+    inside = model.forward
+
+    def watched(**inputs: Any) -> Any:
+        seen.append(inputs["input_ids"].numel())
+        return inside(**inputs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    generator = native(model, batch_size=3)
+    generator.takes_the_hook = True
+    generator.endings = Endings.of([])
+    completions = generator.generate([PROMPTS[1]] * 5, SamplingConfig(max_new_tokens=4), SEEDS)
+    assert len({tuple(completion.response_ids) for completion in completions}) == 5
+    # Three rows of one prompt; when they are done, the other two.
+    assert seen == [17, 3, 3, 3, 17, 2, 2, 2]
+
+
+def test_a_waiting_prompt_takes_the_place_of_a_row_that_ends() -> None:
+    class Counted(Chain):
+        def forward(self, input_ids: Tensor, logits_to_keep: int | Tensor, **others: Any) -> SimpleNamespace:
+            seen.append(input_ids.shape[1])
+            return super().forward(input_ids, logits_to_keep, **others)
+
+    seen: list[int] = []
+    generator = native(Counted(COUNTING.table.detach()), batch_size=2)
+    generator.takes_the_hook = True
+    generator.endings = Endings.of([7])
+    completions = generator.generate([[1], [5], [4, 4], [6]], SamplingConfig(max_new_tokens=9), SEEDS[:4])
+    assert [len(completion.response_ids) for completion in completions] == [6, 2, 3, 1]
+    # Both first prompts; both rows, of which the second ends; its place is taken by a prompt of two tokens; ...
+    assert seen == [2, 2, 1 + 2, 2, 2, 1 + 1]
+
+
+def test_rows_that_memory_has_no_room_for_wait_and_none_is_lost(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(tiny_model("llama"))
+    sampling = SamplingConfig(max_new_tokens=8)
+    expected = native(model).generate(PROMPTS, sampling, SEEDS)
+    # 2 layers x (keys, values) x 2 heads x 8 numbers x 4 bytes = 256 bytes a token; the longest row has 17 + 8.
+    limited = native(model)
+    limited.cache_gib = 2.5 * 25 * 256 / 2**30
+    assert_same(limited.generate(PROMPTS, sampling, SEEDS), expected)
+    assert limited.metrics() == {"rollout/kv_cache_gib": 2 * 25 * 256 / 2**30}
+    limited.generate(PROMPTS, sampling, SEEDS)
+    (told,) = (record.message for record in caplog.records)
+    assert re.fullmatch(r"2 of 5 rows fit into kv_cache_gib 1\.49\d*e-05: the others wait", told)
+    limited.cache_gib = 0.5 * 25 * 256 / 2**30
+    with pytest.raises(ValueError, match=r"a row of 25 tokens needs 5\.96e-06: raise it, or lower sampling"):
+        limited.generate(PROMPTS, sampling, SEEDS)
+
+
+def test_packed_weights_multiply_to_the_bit_as_they_are(tiny_model: TinyModel) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2"), dtype=torch.bfloat16)  # it has biases
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with packed_weights(model, rows=8):
+            found = model(input_ids=ids).logits
+            replaced = sum("forward" in layer.__dict__ for layer in model.modules())
+        again = model(input_ids=ids).logits
+    assert replaced == (15 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0)
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert not any("forward" in layer.__dict__ for layer in model.modules())
 
 
 # Rows, seeds and ends, on a model of a few words that is written down as a table
@@ -131,8 +275,9 @@ class Chain(nn.Module):
         super().__init__()
         self.table = nn.Parameter(logits)
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.table[input_ids[:, -logits_to_keep:]])
+    def forward(self, input_ids: Tensor, logits_to_keep: int | Tensor, **_: Any) -> SimpleNamespace:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return SimpleNamespace(logits=self.table[input_ids[:, keep]])
 
 
 def always(successors: dict[int, int], size: int = 8) -> Chain:
@@ -146,7 +291,7 @@ def always(successors: dict[int, int], size: int = 8) -> Chain:
 COUNTING = always({i: (i + 1) % 8 for i in range(8)})  # 0 1 2 3 4 5 6 7 0 1 ...
 
 
-def test_eos_ends_a_row_and_is_part_of_it() -> None:
+def test_eos_ends_a_row_and_is_part_of_it(generator_of: MakeGenerator) -> None:
     """F5"""
     sampling = SamplingConfig(max_new_tokens=10)
     completions = generator_of(COUNTING, eos_ids=[5]).generate([[0], [3, 3], [4]], sampling, [1, 2, 3])
@@ -157,7 +302,7 @@ def test_eos_ends_a_row_and_is_part_of_it() -> None:
     ]
 
 
-def test_a_row_that_fills_the_limit_is_not_finished() -> None:
+def test_a_row_that_fills_the_limit_is_not_finished(generator_of: MakeGenerator) -> None:
     """F5, K7"""
     sampling = SamplingConfig(max_new_tokens=3)
     (long, exact) = generator_of(COUNTING, eos_ids=[5]).generate([[0], [2]], sampling, [1, 2])
@@ -165,19 +310,19 @@ def test_a_row_that_fills_the_limit_is_not_finished() -> None:
     assert exact == Completion([3, 4, 5], [0.0] * 3, True)
 
 
-def test_any_of_several_eos_ids_ends_a_row() -> None:
+def test_any_of_several_eos_ids_ends_a_row(generator_of: MakeGenerator) -> None:
     sampling = SamplingConfig(max_new_tokens=10)
     completions = generator_of(COUNTING, eos_ids=[5, 2]).generate([[0], [3]], sampling, [1, 2])
     assert [completion.response_ids for completion in completions] == [[1, 2], [4, 5]]
     assert all(completion.finished for completion in completions)
 
 
-def test_an_eos_in_the_prompt_ends_nothing() -> None:
+def test_an_eos_in_the_prompt_ends_nothing(generator_of: MakeGenerator) -> None:
     (completion,) = generator_of(COUNTING, eos_ids=[5]).generate([[5]], SamplingConfig(max_new_tokens=3), [1])
     assert completion == Completion([6, 7, 0], [0.0] * 3, False)
 
 
-def test_no_eos_is_drawn_before_the_shortest_length() -> None:
+def test_no_eos_is_drawn_before_the_shortest_length(generator_of: MakeGenerator) -> None:
     logits = torch.full((4, 4), -1e4)
     logits[:, 2], logits[:, 3], logits[:, 1] = 0.0, 0.0, -20.0  # 2 and 3 end; 1 is all but impossible
     chain = Chain(logits)
@@ -190,7 +335,48 @@ def test_no_eos_is_drawn_before_the_shortest_length() -> None:
             assert completion.logprobs == pytest.approx([0.0] * shortest + [math.log(0.5)], abs=1e-6)
 
 
-def test_rows_come_back_in_the_order_of_the_prompts() -> None:
+def test_a_stop_sequence_ends_a_row_and_is_part_of_it(generator_of: MakeGenerator) -> None:
+    generator = generator_of(COUNTING, eos_ids=[7], stop_sequences=[[3, 4], [6]])
+    completions = generator.generate([[0], [3], [5], [6]], SamplingConfig(max_new_tokens=10), [1, 2, 3, 4])
+    assert completions == [
+        Completion([1, 2, 3, 4], [0.0] * 4, True),
+        Completion([4, 5, 6], [0.0] * 3, True),  # the 3 of the prompt is no part of the response
+        Completion([6], [0.0], True),
+        Completion([7], [0.0], True),
+    ]
+
+
+def test_each_row_may_have_its_own_limit(generator_of: MakeGenerator) -> None:
+    generator = generator_of(COUNTING, eos_ids=[5], batch_size=2)
+    sampling = SamplingConfig(max_new_tokens=8)
+    completions = generator.generate([[0], [0], [0], [6]], sampling, [1, 2, 3, 4], [2, 8, 1, 3])
+    assert [completion.response_ids for completion in completions] == [[1, 2], [1, 2, 3, 4, 5], [1], [7, 0, 1]]
+    assert [completion.finished for completion in completions] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "limits", "message"),
+    [
+        ([[3], []], None, "prompt 1 has no tokens"),
+        ([[3], [4]], [2, 9], "the limit of prompt 1 is 9: choose 1 to 8"),
+        ([[3], [4]], [0, 1], "the limit of prompt 0 is 0"),
+        ([[3], [4] * 250], None, "prompt 1 has 250 tokens and its response up to 8, but the model reads at most 256"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_by_its_number(
+    tiny_model: TinyModel, prompt_ids: Any, limits: Any, message: str, generator_of: MakeGenerator
+) -> None:
+    generator = generator_of(load(tiny_model("llama")))
+    with pytest.raises(ValueError, match=message):
+        generator.generate(prompt_ids, SamplingConfig(max_new_tokens=8), [1, 2], limits)
+
+
+def test_an_empty_stop_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="a stop sequence has no tokens"):
+        Endings.of([1], [[3], []])
+
+
+def test_rows_come_back_in_the_order_of_the_prompts(generator_of: MakeGenerator) -> None:
     starts = [[4, 4, 4], [1], [6, 6], [3], [2, 2, 2, 2]]
     for batch_size in (1, 2, 5):
         generator = generator_of(COUNTING, eos_ids=[7], batch_size=batch_size)
@@ -199,7 +385,9 @@ def test_rows_come_back_in_the_order_of_the_prompts() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "opt"])
-def test_a_row_does_not_depend_on_its_neighbours(tiny_model: Callable[[str], str], architecture: str) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(
+    tiny_model: TinyModel, architecture: str, generator_of: MakeGenerator
+) -> None:
     """G5: alone, in any order, in batches of any size, and with neighbours that end early."""
     model = load(tiny_model(architecture))
     sampling = SamplingConfig(max_new_tokens=24, temperature=0.9)
@@ -223,7 +411,7 @@ def assert_same(completions: list[Completion], expected: list[Completion]) -> No
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
-def test_equal_seeds_draw_the_same_and_others_do_not(tiny_model: Callable[[str], str]) -> None:
+def test_equal_seeds_draw_the_same_and_others_do_not(tiny_model: TinyModel, generator_of: MakeGenerator) -> None:
     """O4"""
     generator = generator_of(load(tiny_model("llama")))
     sampling = SamplingConfig(max_new_tokens=16)
@@ -277,7 +465,9 @@ RESTRICTIONS = [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.7)]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), RESTRICTIONS)
-def test_tokens_of_a_tiny_vocabulary_come_as_often_as_they_should(top_k: int, top_p: float) -> None:
+def test_tokens_of_a_tiny_vocabulary_come_as_often_as_they_should(
+    top_k: int, top_p: float, generator_of: MakeGenerator
+) -> None:
     """G3: at temperature 0.7, every transition of a chain of 8 words."""
     logits = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) * 1.5
     sampling = SamplingConfig(max_new_tokens=10, temperature=0.7, top_k=top_k, top_p=top_p)
@@ -295,7 +485,7 @@ def test_tokens_of_a_tiny_vocabulary_come_as_often_as_they_should(top_k: int, to
         assert_drawn_from(counts, expected[last])
 
 
-def test_the_chi_squared_test_would_notice_another_temperature() -> None:
+def test_the_chi_squared_test_would_notice_another_temperature(generator_of: MakeGenerator) -> None:
     logits = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) * 1.5
     sampling = SamplingConfig(max_new_tokens=1, temperature=0.85)
     completions = generator_of(Chain(logits), batch_size=4000).generate([[0]] * 4000, sampling, list(range(4000)))
@@ -307,7 +497,7 @@ def test_the_chi_squared_test_would_notice_another_temperature() -> None:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (10, 0.9)])
 def test_tokens_of_a_transformer_come_as_often_as_they_should(
-    tiny_model: Callable[[str], str], top_k: int, top_p: float
+    tiny_model: TinyModel, top_k: int, top_p: float, generator_of: MakeGenerator
 ) -> None:
     """G3"""
     model = load(tiny_model("llama"))

@@ -33,7 +33,7 @@ from training.engine import frozen_engine
 from training.examples import PromptExample
 from training.forward import response_logprobs
 from training.generation.hf import HuggingFaceGenerator
-from training.generation.interface import Completion, SamplingConfig
+from training.generation.interface import Completion, Endings, SamplingConfig
 from training.models import load_causal_lm, load_scalar_model, load_tokenizer
 from training.optim import lr_lambda
 from training.rewards import AdaptiveKLController, FixedKLController
@@ -224,7 +224,7 @@ def test_a_sampler_that_is_left_behind_shows_as_a_negative_kl_and_a_gap(make_con
     for iteration in range(4):
         rollout = collect(models, PROMPTS, config, iteration, PhaseTimer())
         update(models, make_experience(rollout, config, 0.0)[0], config, iteration, None, None)
-    left_behind = replace(models, generator=HuggingFaceGenerator(open_old_weights, [EOS], 8))
+    left_behind = replace(models, generator=HuggingFaceGenerator(open_old_weights, Endings.of([EOS]), 8))
     right, wrong = (collect(m, PROMPTS, config, 4, PhaseTimer()) for m in (models, left_behind))
     right_metrics, wrong_metrics = (rollout_metrics(r, torch.zeros(r.mask.shape), 0.0) for r in (right, wrong))
     assert right_metrics["rollout/kl"] > 3  # nats per response

@@ -9,11 +9,16 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -35,6 +40,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=48, max_position_embeddings=256, **IDS),
 }
 
+# Architectures that only the rollout backends are tested on: of the last three none looks its attention up by name.
+MORE_CONFIGS: dict[str, PretrainedConfig] = {
+    "gemma2": Gemma2Config(**LLAMA_SIZES, **IDS, head_dim=8, sliding_window=8),
+    "phi3": Phi3Config(**LLAMA_SIZES, **IDS, sliding_window=8),
+    "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, **IDS),
+    "bloom": BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4, **IDS),
+    "falcon": FalconConfig(**SIZES, alibi=False, max_position_embeddings=256, **IDS),
+}
+
 
 def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0, hidden_scale: float = 3.0) -> str:
     """Write a random causal LM with its tokenizer to `folder` and return its path.
@@ -43,7 +57,7 @@ def save_tiny_model(folder: Path, architecture: str = "llama", seed: int = 0, hi
     masks or positions shows.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    model = AutoModelForCausalLM.from_config((CONFIGS | MORE_CONFIGS)[architecture])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

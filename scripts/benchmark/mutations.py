@@ -12,7 +12,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
     "training/models.py": ("test_models.py", "test_checkpoint.py", "test_ppo.py"),
     "training/generation/sampler.py": ("test_generation.py",),
+    "training/generation/interface.py": ("test_generation.py",),
     "training/generation/hf.py": ("test_generation.py", "test_ppo.py"),
+    "training/generation/native.py": ("test_generation.py",),
+    "training/generation/slot_cache.py": ("test_generation.py",),
     "training/optim.py": ("test_optim.py", "test_engine.py"),
     "training/distributed.py": ("test_distributed_helpers.py", "test_distributed.py"),
     "training/engine.py": ("test_engine.py", "test_loop.py", "test_distributed.py"),
@@ -170,16 +173,24 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         "adapters are dropped in place of merged": ("adapted.merge_and_unload()", "adapted.unload()"),
     },
     "training/generation/sampler.py": {
-        "the sampler reports log-probabilities at temperature 1": (
-            "return tokens, logprobs.gather(",
-            "return tokens, (logits * sampling.temperature).log_softmax(-1).gather(",
+        "the sampler forgets the temperature": (
+            "restrict(part.float() / sampling.temperature,",
+            "restrict(part.float(),",
         ),
-        "the sampler reports log-probabilities before top-k and top-p": (
-            "logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)\n"
-            "    logprobs = logits.log_softmax(-1)\n"
-            "    cumulative = logprobs.exp().cumsum(-1)",
-            "logprobs = (logits / sampling.temperature).log_softmax(-1)\n"
-            "    cumulative = restrict(logprobs, sampling.top_k, sampling.top_p).softmax(-1).cumsum(-1)",
+        "the sampler reports a logit as the log-probability": ("- sums.sum(-1, keepdim=True).log().to(logits)", ""),
+        "the draw within a block begins at the block's end": (
+            "(sums.cumsum(-1) - sums).gather(-1, block)",
+            "sums.cumsum(-1).gather(-1, block)",
+        ),
+    },
+    "training/generation/interface.py": {
+        "EOS is cut off the response": (
+            "return Completion(self.tokens, self.logprobs, self.finished)",
+            "return Completion(self.tokens[:-1], self.logprobs[:-1], self.finished)",
+        ),
+        "a response ends wherever a stop sequence stands": (
+            "tuple(response_ids[-len(sequence) :]) == sequence",
+            "set(sequence) <= set(response_ids)",
         ),
     },
     "training/generation/hf.py": {
@@ -187,10 +198,38 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "(mask.cumsum(-1) - 1).clamp_(min=0)[:, -input_ids.shape[1] :]",
             "(torch.ones_like(mask).cumsum(-1) - 1)[:, -input_ids.shape[1] :]",
         ),
-        "EOS is cut off the response": ("lengths[running[ended]] = step + 1", "lengths[running[ended]] = step"),
         "a row that moves up in the batch draws with its neighbour's seed": (
-            "uniforms[running, step]",
-            "uniforms[: len(running), step]",
+            "uniforms, mask, tokens = uniforms[keep], mask[keep], tokens[keep]",
+            "uniforms, mask, tokens = uniforms[: len(keep)], mask[keep], tokens[keep]",
+        ),
+    },
+    "training/generation/native.py": {
+        "a row that moves to another slot leaves its seed behind": (
+            "self.uniforms[slot] = self.uniforms[len(self.running)]",
+            "pass",
+        ),
+        "every prompt begins at the position where the one before it ended": (
+            "positions += range(len(prompt))",
+            "positions += range(len(positions), len(positions) + len(prompt))",
+        ),
+        "EOS may be drawn one token too early": (
+            "if count < self.sampling.min_new_tokens]",
+            "if count + 1 < self.sampling.min_new_tokens]",
+        ),
+    },
+    "training/generation/slot_cache.py": {
+        "a new token does not look at itself": ("mask = position <= last", "mask = position < last.clamp(min=1)"),
+        "the sliding window is one token too long": (
+            "mask &= position > last - sliding_window",
+            "mask &= position >= last - sliding_window",
+        ),
+        "a row that moves leaves its last token behind": (
+            "layer[target, :length] = layer[source, :length]",
+            "layer[target, : length - 1] = layer[source, : length - 1]",
+        ),
+        "memory behind a row's end may hold nan": (
+            "self.values[layer] = value.new_zeros(self.slots, self.capacity, value.shape[0], value.shape[2])",
+            "self.values[layer] = value.new_full((self.slots, self.capacity, *value.shape[::2]), float('nan'))",
         ),
     },
     "training/optim.py": {

@@ -1,5 +1,9 @@
 """The rollout backends by name."""
 
-from training.generation.hf import HuggingFaceGenerator
+from collections.abc import Callable
 
-GENERATORS = {"hf": HuggingFaceGenerator}
+from training.generation.hf import HuggingFaceGenerator
+from training.generation.interface import Generator
+from training.generation.native import NativeGenerator
+
+GENERATORS: dict[str, Callable[..., Generator]] = {"native": NativeGenerator, "hf": HuggingFaceGenerator}

@@ -1,7 +1,11 @@
 """What every rollout backend takes and returns: token ids in, token ids and their log-probabilities out."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,8 @@ class SamplingConfig:
     from the one that PPO trains."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens with this probability; 1 draws from all. See `top_k`."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, as EOS does. Each is tokenized by itself and compared token by token."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,22 +46,105 @@ class Completion:
     """One sampled response."""
 
     response_ids: list[int]
-    """Tokens of the response; the last one is EOS if `finished`."""
+    """Tokens of the response; if `finished`, the last one is EOS or the end of a stop sequence."""
     logprobs: list[float]
     """Log-probability of each token under the distribution that it was drawn from."""
     finished: bool
     """Whether the model ended the response itself, rather than the limit."""
 
 
+@dataclass(frozen=True)
+class Endings:
+    """What ends a response, beside its limit."""
+
+    eos_ids: frozenset[int]
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, eos_ids: Sequence[int], stop_sequences: Sequence[Sequence[int]] = ()) -> "Endings":
+        """Raises: ValueError, if a stop sequence is empty: it would end every response."""
+        if any(len(sequence) == 0 for sequence in stop_sequences):
+            raise ValueError("a stop sequence has no tokens: leave it out")
+        return cls(frozenset(eos_ids), tuple(map(tuple, stop_sequences)))
+
+    def end(self, response_ids: Sequence[int]) -> bool:
+        """Whether the newest token ends the response."""
+        return response_ids[-1] in self.eos_ids or any(
+            tuple(response_ids[-len(sequence) :]) == sequence for sequence in self.stop_sequences
+        )
+
+
+@dataclass
+class Response:
+    """A response while it is decoded."""
+
+    limit: int
+    """Longest it may become, in tokens."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+    def append(self, token: int, logprob: float, endings: Endings) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.finished = endings.end(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        return self.finished or len(self.tokens) >= self.limit
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, self.logprobs, self.finished)
+
+
 class Generator(Protocol):
     """A rollout backend."""
 
-    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        limits: Sequence[int] | None = None,
+    ) -> list[Completion]:
         """One completion for each prompt, in order.
 
         Args:
             prompt_ids: unpadded token ids; a prompt that is to be sampled n times is given n times.
             sampling: how to draw.
             seeds: one for each prompt; what a row draws depends on its own seed and not on its neighbours.
+            limits: longest response to each prompt, at most `sampling.max_new_tokens`, which is the limit if None.
+
+        Raises:
+            ValueError: a prompt is empty, or with its response exceeds the model's positions.
         """
         ...
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last call, for the log."""
+        ...
+
+
+def start_responses(
+    prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, limits: Sequence[int] | None, module: Any
+) -> list[Response]:
+    """An empty response to each prompt of `Generator.generate`, whose errors it raises."""
+    max_positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if limits is None:
+        limits = [sampling.max_new_tokens] * len(prompt_ids)
+    for number, (ids, limit) in enumerate(zip(prompt_ids, limits, strict=True)):
+        if not 1 <= limit <= sampling.max_new_tokens:
+            raise ValueError(f"the limit of prompt {number} is {limit}: choose 1 to {sampling.max_new_tokens}")
+        if not ids:
+            raise ValueError(f"prompt {number} has no tokens: a response needs at least one to follow")
+        if max_positions is not None and len(ids) + limit > max_positions:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens and its response up to {limit}, but the model reads at most "
+                f"{max_positions}: lower data.max_prompt_tokens or sampling.max_new_tokens"
+            )
+    return [Response(limit) for limit in limits]
+
+
+def draw_uniforms(seed: int, count: int) -> Tensor:
+    """`count` random numbers in [0, 1) that depend on `seed` alone. Drawn on the CPU: equal on every device."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))

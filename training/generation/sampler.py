@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from training.generation.interface import SamplingConfig
+from training.logprobs import CHUNK_FLOATS_CPU, CHUNK_FLOATS_GPU
+
+BLOCK = 256
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -16,17 +19,48 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) ->
     Returns: tokens [batch] long and log-probabilities [batch] float32 under the distribution that was sampled. At
         temperature 0 the log-probability is the one at temperature 1.
     """
-    logits = logits.float()
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    logprobs = logits.log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1)
-    # Scaled by the total, so that rounding in the sum cannot push a draw past the last token.
-    thresholds = (uniforms.to(cumulative) * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+        return tokens, logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    floats = CHUNK_FLOATS_GPU if logits.is_cuda else CHUNK_FLOATS_CPU
+    rows = max(1, floats // logits.shape[-1])
+    drawn = [
+        _draw(restrict(part.float() / sampling.temperature, sampling.top_k, sampling.top_p), part_uniforms)
+        for part, part_uniforms in zip(logits.split(rows), uniforms.split(rows), strict=True)
+    ]
+    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
+
+
+def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """As `sample_tokens`, from the softmax of [rows, vocab] float32 logits.
+
+    The vocabulary is summed up in blocks, and only the block that the draw falls into is looked at token by token: one
+    cumulative sum over a large vocabulary costs as much as all the rest.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    weights = (logits - largest).exp_()
+    whole = weights.shape[-1] // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()
+    threshold = (uniforms * sums.sum(-1))[:, None]
+    block = _first_above(sums, threshold)
+    threshold = (threshold - (sums.cumsum(-1) - sums).gather(-1, block)).clamp_(min=0)
+    members = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+    inside = weights.gather(-1, members.clamp(max=logits.shape[-1] - 1)).double()
+    inside = torch.where(members < logits.shape[-1], inside, 0.0)
+    token = members.gather(-1, _first_above(inside, threshold))
+    logprob = logits.gather(-1, token) - largest - sums.sum(-1, keepdim=True).log().to(logits)
+    return token[:, 0], logprob[:, 0]
+
+
+def _first_above(weights: Tensor, threshold: Tensor) -> Tensor:
+    """[rows, 1]: where the running sum of [rows, n] weights first exceeds `threshold`, [rows, 1] and at least 0.
+
+    Where rounding keeps it from doing so: the last weight above 0. A weight of 0 is never named.
+    """
+    position = torch.arange(weights.shape[-1], device=weights.device)
+    last = torch.where(weights > 0, position, 0).amax(-1, keepdim=True)
+    return (weights.cumsum(-1) <= threshold).sum(-1, keepdim=True).minimum(last)
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:

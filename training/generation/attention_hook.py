@@ -1,0 +1,81 @@
+"""The attention of a live Hugging Face module, replaced while it decodes.
+
+Transformers looks its attention up by name at every call. While the hook is on, each layer hands its queries, keys and
+values to a cache of ours, so that the module decodes rows of any lengths without padding: on the very weights that are
+trained, with no second copy of the model.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+NAME = "rollout"
+
+
+class AttentionCache(Protocol):
+    """What stores keys and values and attends over them: see `SlotCache.attend`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor: ...
+
+
+_cache: AttentionCache | None = None
+
+
+@contextlib.contextmanager
+def attention_through(module: nn.Module, cache: AttentionCache) -> Iterator[None]:
+    """Every attention layer of `module` calls `cache.attend` inside this context."""
+    global _cache
+    assert _cache is None, "one module decodes at a time"
+    own = (getattr(part, "config", None) for part in module.modules())
+    configs = {id(config): config for config in own if isinstance(config, PretrainedConfig)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    _cache = cache
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        _cache = None
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """[1, heads, tokens, head_dim] queries -> [1, tokens, heads, head_dim], as transformers calls it."""
+    assert _cache is not None
+    output = _cache.attend(
+        module.layer_idx,
+        query[0],
+        key[0],
+        value[0],
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return output[None], None
+
+
+AttentionInterface.register(NAME, _attend)
