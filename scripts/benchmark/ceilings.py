@@ -1,0 +1,150 @@
+"""What the machine reaches at best, and how time and memory are measured on it."""
+
+import ctypes
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# Larger than the caches of any machine.
+STREAM_BYTES = {"cpu": 2**28, "cuda": 2**32}
+# Where larger products are no faster.
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+SAMPLE_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of the machine, of plain operations of torch."""
+
+    copy_bytes_per_second: float
+    """Of a copy, with bytes read and bytes written counted."""
+    read_bytes_per_second: float
+    """Of a sum over float32 numbers."""
+    gemm_flops_per_second: float
+    """Of a large square product in the benchmark's dtype."""
+    batch_gemm_flops_per_second: float
+    """Of as many rows as decode together with weights that come from memory."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        return max(self.copy_bytes_per_second, self.read_bytes_per_second)
+
+    @property
+    def flops_per_second(self) -> float:
+        return max(self.gemm_flops_per_second, self.batch_gemm_flops_per_second)
+
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """The higher one of each rate."""
+        names = [field.name for field in fields(self)]
+        return Ceilings(**{name: max(getattr(self, name), getattr(other, name)) for name in names})
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, batch_size: int) -> Ceilings:
+    """Takes seconds; `batch_size` is the number of rows that decode together."""
+    return Ceilings(*stream_rates(device), *gemm_rates(device, dtype, batch_size))
+
+
+def stream_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes per second of a copy and of a sum."""
+    source = torch.ones(STREAM_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / best_seconds(device, lambda: target.copy_(source))
+    return copied, source.nbytes / best_seconds(device, source.sum)
+
+
+def gemm_rates(device: torch.device, dtype: torch.dtype, batch_size: int) -> tuple[float, float]:
+    """FLOP/s of a large square product, and of `batch_size` rows with one such matrix after the other."""
+    size = GEMM_SIZE[device.type]
+    square = torch.randn(size, size, device=device).to(dtype)
+    weights = [square.clone() for _ in range(max(1, STREAM_BYTES[device.type] // square.nbytes))]
+    rows = torch.randn(batch_size, size, device=device).to(dtype)
+
+    def stream_weights() -> Tensor:
+        return [torch.nn.functional.linear(rows, weight) for weight in weights][-1]
+
+    square_rate = 2 * size**3 / best_seconds(device, lambda: square @ square)
+    return square_rate, 2 * batch_size * size**2 * len(weights) / best_seconds(device, stream_weights)
+
+
+def best_seconds(device: torch.device, operation: Callable[[], Tensor], tries: int = 4) -> float:
+    """The shortest time of one call; on a GPU of ten in a row, so that starting them costs nothing."""
+    calls = 10 if device.type == "cuda" else 1
+    seconds = [timed(device, lambda: [operation() for _ in range(calls)])[0] for _ in range(tries)]
+    return min(seconds) / calls
+
+
+def timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds until the work is done, on the device as well, and its result."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """The most memory held inside the context, in bytes.
+
+    On a GPU all that torch has allocated, the weights included. On a CPU the increase of the process's resident memory,
+    looked at every 5 ms: a process hands back late what it has freed, so small figures are rough.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._before = resident_bytes()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._done.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        finished = False
+        while not finished:
+            finished = self._done.wait(SAMPLE_SECONDS)
+            self.bytes = max(self.bytes, resident_bytes() - self._before)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
