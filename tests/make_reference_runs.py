@@ -23,6 +23,7 @@ from tests.tiny_runs import results_of, tiny_configs, write_configs
 FOLDER = ROOT / "tests" / "reference_runs"
 COMMAND = "python -m tests.make_reference_runs"
 BOUND = 1e-4
+WEIGHTS = "model.safetensors"
 
 SEED = 3
 """Of step 3; to be changed where a draw is a close one, as `main` finds out."""
@@ -102,14 +103,23 @@ def rows_of(options: Mapping[str, Any]) -> list[Row]:
     results = results_of(options)
     # It compares scores of texts that are often the same: the last bit would decide.
     results.pop("win_rate", None)
-    norms = {f"norm/{path.parent.name}": norm(path) for path in sorted((output / "final").rglob("*.safetensors"))}
-    rows = [*map(json.loads, lines), {"step": "end"} | results | norms]
+    rows = [*map(json.loads, lines), {"step": "end"} | results | moved(options)]
     return [dict(numbers(row)) for row in rows]
 
 
-def norm(weights: Path) -> float:
-    """Euclidean norm of all weights in a file."""
-    return math.sqrt(sum(float(weight.double().square().sum()) for weight in load_file(weights).values()))
+def moved(options: Mapping[str, Any]) -> dict[str, float]:
+    """Euclidean distance of all weights of each saved model from those that it started from."""
+    final = Path(options["run"]["output_dir"]) / "final"
+    folders = {"model": final, "actor": final / "actor", "critic": final / "critic"}
+    starts = {"model": "model", "actor": "actor", "critic": "reward"}
+    distances = {}
+    for name, folder in folders.items():
+        if (folder / WEIGHTS).exists():
+            start = load_file(Path(options[starts[name]]["path"]) / WEIGHTS)
+            saved = load_file(folder / WEIGHTS)
+            squares = [float((saved[key] - start[key]).double().square().sum()) for key in saved.keys() & start.keys()]
+            distances[f"moved/{name}"] = math.sqrt(math.fsum(squares))
+    return distances
 
 
 def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
