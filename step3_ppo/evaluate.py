@@ -72,13 +72,15 @@ def held_out_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def compare(before: Sequence[Sample], after: Sequence[Sample], score_scale: tuple[float, float]) -> dict:
     """What `results.json` says about the held-out prompts: rows of `before` and `after` answer the same prompts."""
     gain, bias = score_scale
+    # The same text twice is a tie, also where it was scored in batches of other widths and the last bit differs.
+    after_scores = [b.score if b.response == a.response else a.score for b, a in zip(before, after, strict=True)]
     distinct = distinct_2([s.response for s in before]), distinct_2([s.response for s in after])
     return {
         "score_before": _summary([s.score for s in before]),
         "score_after": _summary([s.score for s in after]),
         "logit_before": _summary([(s.score - bias) / gain for s in before], with_values=False),
         "logit_after": _summary([(s.score - bias) / gain for s in after], with_values=False),
-        "win_rate": win_rate([s.score for s in before], [s.score for s in after]),
+        "win_rate": win_rate([s.score for s in before], after_scores),
         "kl": statistics.fmean(s.kl for s in after),
         "distinct_2_before": distinct[0],
         "distinct_2_after": distinct[1],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from tests.test_models import randomize_adapters
 from tests.tiny_models import CONFIGS
@@ -180,6 +180,15 @@ def test_attention_that_the_hook_does_not_know_is_found_out(tiny_model: TinyMode
         assert follows_the_hook(model)
         model.model.layers[1].self_attn.layer_idx = 0  # both layers would share one cache
         assert not follows_the_hook(model)
+
+
+def test_the_check_of_the_hook_fits_into_a_model_of_few_positions() -> None:
+    sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=3)
+    gpt2 = GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=2, n_positions=3)
+    for model in (AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(gpt2)):
+        with torch.no_grad():
+            assert follows_the_hook(model.eval())
 
 
 def test_the_modules_own_attention_is_back_after_a_rollout(tiny_model: TinyModel) -> None:

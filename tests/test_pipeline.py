@@ -85,6 +85,11 @@ def metrics_of(options: dict[str, Any]) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+def iterations_of(options: dict[str, Any]) -> list[dict[str, float]]:
+    """The lines of step 3's iterations, without those of the held-out prompts."""
+    return [line for line in metrics_of(options) if "rollout/kl" in line]
+
+
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(5, 29).view(2, 12)).logits
@@ -103,7 +108,8 @@ def test_three_steps_run_under_the_launcher(launched: Launched, zero_stage: int)
             assert results_of(options)["peak_memory_gib"] > 0
             for line in metrics_of(options):
                 assert {"step", "seconds", "tokens"} <= line.keys()
-        assert len(metrics_of(configs["step3_ppo"])) == 2
+        assert [line["step"] for line in iterations_of(configs["step3_ppo"])] == [1, 2]
+        assert [line["step"] for line in metrics_of(configs["step3_ppo"]) if "eval/kl" in line] == [0, 2]
         assert (Path(configs["step3_ppo"]["run"]["output_dir"]) / "samples.jsonl").exists()
         assert results_of(configs["step1_sft"])["loss_after"] < results_of(configs["step1_sft"])["loss_before"]
         assert results_of(configs["step2_reward"])["accuracy_after"] > 0.8
@@ -237,7 +243,7 @@ def test_models_may_differ_in_size_and_architecture(
     configs["step3_ppo"]["reference_path"] = reference
     run_here(configs)
     assert "ratio 1.0000" in capfd.readouterr().out
-    assert metrics_of(configs["step3_ppo"])[0]["rollout/kl"] > 0.1  # the reference is another model
+    assert iterations_of(configs["step3_ppo"])[0]["rollout/kl"] > 0.1  # the reference is another model
     kinds = {"actor": AutoModelForCausalLM, "critic": AutoModelForSequenceClassification}
     loaded = {name: kind.from_pretrained(final(configs["step3_ppo"], name)) for name, kind in kinds.items()}
     assert loaded["actor"].config.model_type == "gpt2"
@@ -286,10 +292,10 @@ def test_an_adaptive_kl_coefficient_follows_the_kl_of_the_run(
     }
     run_here({"step3_ppo": ppo})
     coefficient = 0.1
-    for line in metrics_of(ppo):
+    for line in iterations_of(ppo):
         assert line["rollout/kl_coefficient"] == pytest.approx(coefficient, rel=1e-9)
         coefficient *= 1 + min(max(line["rollout/kl"] / 0.05 - 1, -0.2), 0.2) * 8 / 100
-    assert metrics_of(ppo)[1]["rollout/kl_coefficient"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
+    assert iterations_of(ppo)[1]["rollout/kl_coefficient"] == pytest.approx(0.1 * (1 - 0.2 * 0.08))
 
 
 def test_step_2_learns_from_rankings(tmp_path: Path, model: str, run_here: Callable[[Configs], None]) -> None:

@@ -1062,7 +1062,7 @@ def test_distinct_2_by_hand(responses: list[str], expected: float) -> None:
 
 
 def test_results_compare_the_same_prompts_before_and_after() -> None:
-    before = [Sample("p", "a b", 1.0, 0.0, 4, True), Sample("q", "c d", 3.0, 0.0, 6, False)]
+    before = [Sample("p", "e f", 1.0, 0.0, 4, True), Sample("q", "c d", 3.0, 0.0, 6, False)]
     after = [Sample("p", "a b", 2.0, 1.0, 2, True), Sample("q", "a b", 1.0, 2.0, 4, True)]
     assert held_out_metrics(after) == {
         "eval/score_mean": 1.5,
@@ -1079,6 +1079,12 @@ def test_results_compare_the_same_prompts_before_and_after() -> None:
     assert (results["distinct_2_before"], results["distinct_2_after"], results["distinct_2_ratio"]) == (1.0, 0.5, 0.5)
     assert (results["response_tokens_before"], results["response_tokens_after"]) == (5, 3)
     assert (results["eos_share_before"], results["eos_share_after"]) == (0.5, 1)
+
+
+def test_the_same_response_is_a_tie_whatever_the_last_bit_of_its_score_says() -> None:
+    before = [Sample("p", "same", 1.0, 0.0, 1, True), Sample("q", "a", 1.0, 0.0, 1, True)]
+    after = [Sample("p", "same", 1.0 + 1e-7, 0.0, 1, True), Sample("q", "b", 1.0 + 1e-7, 0.0, 1, True)]
+    assert compare(before, after, (1.0, 0.0))["win_rate"]["value"] == (0.5 + 1) / 2
 
 
 def test_held_out_samples_repeat_as_long_as_the_weights_do(make_config: Callable[..., PpoConfig]) -> None:

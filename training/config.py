@@ -210,7 +210,7 @@ class RunConfig:
     output_dir: str
     """Folder of the run: metrics, checkpoints and the final model."""
     seed: int = 1
-    """Seed of the data order, of new weights and of sampling."""
+    """Seed of the data order, of new LoRA weights and of sampling. A new score head is the same for every seed."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     eval_every: int = 0

@@ -129,7 +129,7 @@ def start_responses(
     prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, limits: Sequence[int] | None, module: Any
 ) -> list[Response]:
     """An empty response to each prompt of `Generator.generate`, whose errors it raises."""
-    max_positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    room = max_positions(module)
     if limits is None:
         limits = [sampling.max_new_tokens] * len(prompt_ids)
     for number, (ids, limit) in enumerate(zip(prompt_ids, limits, strict=True)):
@@ -137,12 +137,17 @@ def start_responses(
             raise ValueError(f"the limit of prompt {number} is {limit}: choose 1 to {sampling.max_new_tokens}")
         if not ids:
             raise ValueError(f"prompt {number} has no tokens: a response needs at least one to follow")
-        if max_positions is not None and len(ids) + limit > max_positions:
+        if room is not None and len(ids) + limit > room:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens and its response up to {limit}, but the model reads at most "
-                f"{max_positions}: lower data.max_prompt_tokens or sampling.max_new_tokens"
+                f"{room}: lower data.max_prompt_tokens or sampling.max_new_tokens"
             )
     return [Response(limit) for limit in limits]
+
+
+def max_positions(module: Any) -> int | None:
+    """Tokens that a causal LM can read at once, where its configuration says so."""
+    return getattr(getattr(module, "config", None), "max_position_embeddings", None)
 
 
 def draw_uniforms(seed: int, count: int) -> Tensor:

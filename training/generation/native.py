@@ -17,6 +17,7 @@ from training.generation.interface import (
     Response,
     SamplingConfig,
     draw_uniforms,
+    max_positions,
     start_responses,
 )
 from training.generation.packed_weights import packed_weights
@@ -210,22 +211,24 @@ def follows_the_hook(module: Any) -> bool:
     """
     device = next(module.parameters()).device
     vocab_size = module.get_input_embeddings().weight.shape[0]
-    rows = [torch.arange(start, start + 12).mul(7).remainder(vocab_size).tolist() for start in (1, 40)]
-    lengths = [4, 7]
-    cache = SlotCache(slots=2, capacity=12)
+    longest = min(12, max_positions(module) or 12)
+    rows = [torch.arange(start, start + longest).mul(7).remainder(vocab_size).tolist() for start in (1, 40)]
+    lengths = [max(1, longest // 3), max(1, longest // 2)]
+    steps = longest - lengths[1]
+    cache = SlotCache(slots=2, capacity=longest)
     try:
         with attention_through(module, cache):
             prompts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-            steps = [_forward(module, cache, [], [], [(prompt, [slot]) for slot, prompt in enumerate(prompts)])]
-            for step in range(5):
+            logits = [_forward(module, cache, [], [], [(prompt, [slot]) for slot, prompt in enumerate(prompts)])]
+            for step in range(steps):
                 seen = [length + step for length in lengths]
                 tokens = [row[length] for row, length in zip(rows, seen, strict=True)]
-                steps.append(_forward(module, cache, tokens, seen, []))
+                logits.append(_forward(module, cache, tokens, seen, []))
     except (AttributeError, TypeError):  # its attention is called in another way, or it takes no positions
         return False
-    found = torch.stack(steps, dim=1).float()
+    found = torch.stack(logits, dim=1).float()
     own = [module(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in rows]
-    expected = torch.stack([row[length - 1 :][:6] for row, length in zip(own, lengths, strict=True)])
+    expected = torch.stack([row[length - 1 : length + steps] for row, length in zip(own, lengths, strict=True)])
     tolerance = 1e-3 if next(module.parameters()).dtype == torch.float32 else 0.2
     return bool(cache.keys) and bool((found - expected).abs().max() < tolerance * expected.std())
 
