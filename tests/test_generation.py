@@ -345,7 +345,8 @@ def test_no_eos_is_drawn_before_the_shortest_length(generator_of: MakeGenerator)
 
 
 def test_a_stop_sequence_ends_a_row_and_is_part_of_it(generator_of: MakeGenerator) -> None:
-    generator = generator_of(COUNTING, eos_ids=[7], stop_sequences=[[3, 4], [6]])
+    # The last one never comes: its tokens do, in another order.
+    generator = generator_of(COUNTING, eos_ids=[7], stop_sequences=[[3, 4], [6], [5, 4]])
     completions = generator.generate([[0], [3], [5], [6]], SamplingConfig(max_new_tokens=10), [1, 2, 3, 4])
     assert completions == [
         Completion([1, 2, 3, 4], [0.0] * 4, True),
@@ -383,6 +384,16 @@ def test_what_cannot_be_answered_is_refused_by_its_number(
 def test_an_empty_stop_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="a stop sequence has no tokens"):
         Endings.of([1], [[3], []])
+
+
+@pytest.mark.parametrize("response_ids", [[3, 4], [4, 3, 4], [9, 3, 4], [4, 7]])
+def test_a_stop_sequence_or_eos_in_the_last_place_is_an_end(response_ids: list[int]) -> None:
+    assert Endings.of([7], [[3, 4]]).end(response_ids)
+
+
+@pytest.mark.parametrize("response_ids", [[4], [4, 3], [3, 9, 4], [3, 4, 9], [7, 9]])
+def test_neither_its_parts_nor_an_earlier_one_are_an_end(response_ids: list[int]) -> None:
+    assert not Endings.of([7], [[3, 4]]).end(response_ids)
 
 
 def test_rows_come_back_in_the_order_of_the_prompts(generator_of: MakeGenerator) -> None:
