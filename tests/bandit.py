@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijk"
+COUNTED = LETTERS[:6]
 EOS = 0
 IDS = {letter: index for index, letter in enumerate(LETTERS, start=1)}
 
@@ -19,7 +20,7 @@ CONFIG = GPT2Config(
     n_embd=64,
     n_layer=2,
     n_head=4,
-    n_positions=8,
+    n_positions=16,
     initializer_range=0.1,
     bos_token_id=None,
     eos_token_id=EOS,
@@ -44,11 +45,11 @@ def build_letter_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def counting(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
-    """Share of three letters that count on in the alphabet from the prompt's last: after "gaj", "kab" scores 1."""
+    """Share of three letters that count on from the prompt's last, from f to a: after "cae", "fab" scores 1."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
-        last = LETTERS.index(prompt[-1])
-        right = [LETTERS[(last + step) % len(LETTERS)] for step in (1, 2, 3)]
+        last = COUNTED.index(prompt[-1])
+        right = [COUNTED[(last + step) % len(COUNTED)] for step in (1, 2, 3)]
         scores.append(sum(one == other for one, other in zip(right, response, strict=False)) / 3)
     return scores
 

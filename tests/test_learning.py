@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from step3_ppo.train import main
-from tests.bandit import LETTERS, counting, response_probabilities, save_letter_model, tastes
+from tests.bandit import COUNTED, counting, response_probabilities, save_letter_model, tastes
 from tests.tiny_models import write_jsonl
 from training import distributed
 
@@ -25,7 +25,7 @@ ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_pp")
 
 @pytest.fixture(scope="module")
 def letter_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_letter_model(tmp_path_factory.mktemp("letters"), seed=3)
+    return save_letter_model(tmp_path_factory.mktemp("letters"))
 
 
 @pytest.fixture
@@ -69,14 +69,16 @@ def expected_score(model: PreTrainedModel, prompts: Sequence[str]) -> float:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_prompts_are_answered_rightly_that_were_never_trained_on(learn: Learn, estimator: str) -> None:
     """L3, L6: the best score is 1. Two passes over each rollout in two minibatches take the ratios away from 1."""
-    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=3)]
+    words = ["".join(letters) for letters in itertools.product(COUNTED, repeat=3)]
     random.Random(0).shuffle(words)
     first, last = learn(
-        words[:200],
+        words[:150],
         reward={"function": "tests.bandit:counting"},
         estimator=estimator,
         sampling={"max_new_tokens": 3},
-        iterations=45,
+        # Keeps a prompt from settling on an answer before it has tried the right one. Costs less than 0.01 at the end.
+        kl={"coefficient": 0.04},
+        iterations=30,
         rollout_batch_size=32,
         ppo_epochs=2,
         train_batch_size=128,
@@ -84,7 +86,7 @@ def test_prompts_are_answered_rightly_that_were_never_trained_on(learn: Learn, e
         actor_optim={"lr": 2e-3},
         critic_optim={"lr": 2e-3},
     )
-    held_out = words[-33:]
+    held_out = words[150:]
     assert expected_score(first, held_out) < 0.1
     assert expected_score(last, held_out) > 0.95
 
@@ -129,9 +131,9 @@ def check_converges(
         reference, learnt = (response_probabilities(model, prompt, **sampling) for model in (first, last))
         scores = dict(zip(reference, tastes([prompt] * len(reference), list(reference), []), strict=True))
         best = best_policy(reference, scores, beta)
-        assert total_variation(reference, best) > 0.4
+        assert total_variation(reference, best) > 0.5
         assert best[max(scores, key=lambda text: scores[text])] < 0.6
-        assert total_variation(best_policy(dict.fromkeys(scores, 1.0), scores, beta), best) > 0.2
+        assert total_variation(best_policy(dict.fromkeys(scores, 1.0), scores, beta), best) > 0.15
         assert total_variation(learnt, best) < 0.05
 
 
@@ -144,7 +146,7 @@ def check_converges(
 def test_one_token_converges_to_the_best_policy_in_closed_form(learn: Learn, estimator: str) -> None:
     """K1, F5"""
     beta = 0.5
-    options = {"estimator": estimator, "kl": {"coefficient": beta}, "iterations": 50}
+    options = {"estimator": estimator, "kl": {"coefficient": beta}, "iterations": 40}
     check_converges(learn, "abc", beta, {"max_new_tokens": 1}, **options)
 
 
@@ -159,7 +161,7 @@ def test_two_tokens_converge_to_the_best_policy_in_closed_form(learn: Learn, est
 def test_it_is_the_tempered_policy_that_converges_to_the_tempered_optimum(learn: Learn) -> None:
     """F6"""
     beta = 0.5
-    options = {"estimator": "rloo", "kl": {"coefficient": beta}, "iterations": 50}
+    options = {"estimator": "rloo", "kl": {"coefficient": beta}, "iterations": 40}
     check_converges(learn, "abc", beta, {"max_new_tokens": 1, "temperature": 0.7}, **options)
 
 
@@ -167,5 +169,5 @@ def test_a_penalty_in_the_loss_has_the_same_optimum(learn: Learn) -> None:
     """K6: k2's gradient is that of the KL. Here scaled advantages would change what the score weighs against it."""
     beta = 0.5
     kl = {"coefficient": 0.0, "loss_coefficient": beta}
-    options = {"estimator": "rloo", "kl": kl, "iterations": 50}
+    options = {"estimator": "rloo", "kl": kl, "iterations": 60}
     check_converges(learn, "a", beta, {"max_new_tokens": 1}, whiten_advantages=False, **options)

@@ -66,7 +66,7 @@ def test_a_caught_mistake_is_shown_with_its_test(toy: Path, capsys: pytest.Captu
     assert sound.startswith("without a mistake: the tests passed in ")
     assert row.startswith("caught  ")
     assert row.endswith(" s  sums.py: takes away  [test_sums.py::test_add]")
-    assert total.startswith("1 mistakes: 1 caught, in ")
+    assert total.startswith("of 1: 1 caught, in ")
 
 
 def test_a_mistake_that_survives_ends_the_tool_with_1(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,7 +168,7 @@ def print_outcomes(mutants: Sequence[Mutant], assess: Callable[[Mutant], Outcome
     finally:
         pool.shutdown(cancel_futures=True)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    print(f"{len(mutants)} mistakes: {counts}, in {time.monotonic() - started:.0f} s")
+    print(f"of {len(mutants)}: {counts}, in {time.monotonic() - started:.0f} s")
     return int(verdicts["SURVIVED"] + verdicts["BROKEN"] > 0)
 
 
