@@ -11,6 +11,7 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="$root/.venv"
 stamp="$venv/.installed"
 log="$venv/setup.log"
+triton=3.9.0
 
 fail() {
     printf 'set-up: %s\n' "$@" >&2
@@ -83,6 +84,8 @@ install_packages() {
     phase "$torch (the largest part)" "${pip[@]}" -c "$root/constraints.txt" "$torch" setuptools wheel
     DS_BUILD_OPS=0 phase "the other packages" \
         "${pip[@]}" --no-deps --no-build-isolation -r "$root/constraints.txt"
+    # torch's GPU builds bring the Triton that they were made with. Its interpreter tests the GPU kernels without a GPU.
+    "$venv/bin/python" -c 'import triton' 2>>"$log" || phase "Triton, for tests" "${pip[@]}" --no-deps "triton==$triton"
     phase "a first import" "$venv/bin/python" -W ignore -c 'import torch, transformers, deepspeed'
     fingerprint >"$stamp"
 }
