@@ -32,7 +32,6 @@ def start_up_check(models: Models, rollout: Rollout, config: PpoConfig, timer: P
     ratio, ratio_error, mean_kl, kl_error, mean_gap = _means_over_ranks(
         log_ratio.exp(), log_ratio.abs(), kl, kl.abs(), gap
     )
-    worst_gap = float(torch.quantile(gap, 0.99)) if len(gap) else 0.0
 
     tolerance = TOLERANCE[config.engine.precision]
     _require(
@@ -58,7 +57,7 @@ def start_up_check(models: Models, rollout: Rollout, config: PpoConfig, timer: P
     ).tolist()
     return (
         f"start-up check: ratio {ratio:.4f}, kl {kl_error:.4f}, "
-        f"sampler gap mean {mean_gap:.4f} p99 {worst_gap:.4f}"
+        f"sampler gap mean {mean_gap:.4f} p99 {rollout.worst_gap:.4f}"
         f"{' (not judged: top_k, top_p or min_new_tokens is set)' if restricted else ''}, "
         f"generate {response_tokens / timer.seconds['generate']:.0f} tokens/s, "
         f"score {all_tokens / timer.seconds['score']:.0f} tokens/s, memory {peak_memory_gib():.1f} GiB"

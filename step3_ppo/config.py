@@ -135,6 +135,9 @@ class PpoConfig:
     kv_cache_gib: float | None = None
     """Memory for keys and values on one GPU, for the native backend: responses that do not fit wait for others to
     end. None for as much as `generation_batch_size` needs."""
+    keep_kv_cache: bool = True
+    """Hold that memory between rollouts, for the native backend. Without it the updates have more memory, and each
+    rollout takes it anew and captures its CUDA graphs anew."""
     ppo_epochs: int = 1
     """Passes over each rollout. More learn more from a sample and move further from where it was drawn."""
     train_batch_size: int = 64
@@ -205,6 +208,8 @@ class PpoConfig:
                 )
         if self.generator == "hf" and self.kv_cache_gib is not None:
             raise ValueError("kv_cache_gib limits the native backend, but generator is hf: lower generation_batch_size")
+        if self.generator == "hf" and not self.keep_kv_cache:
+            raise ValueError("keep_kv_cache is False, but generator is hf, which keeps nothing: leave it out")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy responses leave nothing to explore; 1 is usual")
         if self.responses % self.train_batch_size:

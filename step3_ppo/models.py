@@ -73,8 +73,10 @@ def _generator(config: PpoConfig, tokenizer: PreTrainedTokenizerBase, actor: dee
     stop_sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in config.sampling.stop]
     endings = Endings.of(eos_token_ids(config.actor, tokenizer), stop_sequences)
     open_module = partial(generation_mode, actor)
-    limit = {} if config.kv_cache_gib is None else {"cache_gib": config.kv_cache_gib}
-    return GENERATORS[config.generator](open_module, endings, config.generation_batch_size, **limit)
+    options = {"cache_gib": config.kv_cache_gib, "keep_cache": config.keep_kv_cache}
+    if config.generator == "hf":
+        options = {}
+    return GENERATORS[config.generator](open_module, endings, config.generation_batch_size, **options)
 
 
 def critic_source(config: PpoConfig) -> ModelConfig:

@@ -51,6 +51,12 @@ class Rollout:
         return torch.where(self.mask, self.logprobs - self.ref_logprobs, 0.0).sum(1)
 
     @property
+    def worst_gap(self) -> float:
+        """Nats: what 99 of 100 log-probabilities of this rank's sampler differ from the actor's by at most."""
+        gap = (self.sampler_logprobs - self.logprobs)[self.mask].abs()
+        return float(torch.quantile(gap, 0.99)) if len(gap) else 0.0
+
+    @property
     def finished(self) -> Tensor:
         """[batch] bool: the response ended with EOS."""
         return torch.tensor([c.finished for c in self.completions], device=self.scores.device)

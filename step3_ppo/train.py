@@ -154,7 +154,11 @@ def rollout_metrics(rollout: Rollout, kl: torch.Tensor, kl_coefficient: float) -
     metrics = {name: total / responses for name, total in zip(sums, totals.tolist(), strict=True)}
     metrics["rollout/logprob_gap"] /= max(metrics["rollout/response_tokens"], 1e-8)  # per token, not per response
     variance = metrics.pop("rollout/score_squared") - metrics["rollout/score_mean"] ** 2
-    return metrics | {"rollout/score_std": max(variance, 0.0) ** 0.5, "rollout/kl_coefficient": kl_coefficient}
+    return metrics | {
+        "rollout/score_std": max(variance, 0.0) ** 0.5,
+        "rollout/kl_coefficient": kl_coefficient,
+        "rollout/logprob_gap_p99": rollout.worst_gap,
+    }
 
 
 def phase_metrics(timer: PhaseTimer) -> dict[str, float]:

@@ -12,10 +12,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
     "training/models.py": ("test_models.py", "test_checkpoint.py", "test_ppo.py"),
     "training/generation/sampler.py": ("test_generation.py",),
-    "training/generation/interface.py": ("test_generation.py",),
+    "training/generation/responses.py": ("test_generation.py",),
     "training/generation/hf.py": ("test_generation.py", "test_ppo.py"),
-    "training/generation/native.py": ("test_generation.py",),
-    "training/generation/slot_cache.py": ("test_generation.py",),
+    "training/generation/decoder.py": ("test_generation.py",),
+    "training/generation/kv_cache.py": ("test_generation.py",),
+    "training/generation/paged_cache.py": ("test_generation.py",),
+    "training/generation/lean_layers.py": ("test_generation.py",),
     "training/optim.py": ("test_optim.py", "test_engine.py"),
     "training/distributed.py": ("test_distributed_helpers.py", "test_distributed.py"),
     "training/engine.py": ("test_engine.py", "test_loop.py", "test_distributed.py"),
@@ -174,24 +176,35 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "training/generation/sampler.py": {
         "the sampler forgets the temperature": (
-            "restrict(part.float() / sampling.temperature,",
-            "restrict(part.float(),",
+            "return draw_tokens(logits, uniforms, sampling.temperature)\n\n\n",
+            "return draw_tokens(logits, uniforms)\n\n\n",
         ),
-        "the sampler reports a logit as the log-probability": ("- sums.sum(-1, keepdim=True).log().to(logits)", ""),
+        "the sampler reports a logit as the log-probability": ("- sums.sum(-1, keepdim=True).log().float()", ""),
         "the draw within a block begins at the block's end": (
             "(sums.cumsum(-1) - sums).gather(-1, block)",
             "sums.cumsum(-1).gather(-1, block)",
         ),
+        "within a block the logits are not divided by the temperature": (".float().div_(temperature)", ".float()"),
     },
-    "training/generation/interface.py": {
+    "training/generation/responses.py": {
         "EOS is cut off the response": (
-            "return Completion(self.tokens, self.logprobs, self.finished)",
-            "return Completion(self.tokens[:-1], self.logprobs[:-1], self.finished)",
+            "Completion(tokens[:count], logprobs[:count], finished)",
+            "Completion(tokens[: count - 1], logprobs[: count - 1], finished)",
         ),
         "a response ends wherever a stop sequence stands": (
-            "tuple(response_ids[-len(sequence) :]) == sequence",
-            "set(sequence) <= set(response_ids)",
+            "found = found | same.all(1)",
+            "found = found | same.any(1)",
         ),
+        "EOS may be drawn one token too early": (
+            "(drawn < self.sampling.min_new_tokens)",
+            "(drawn + 1 < self.sampling.min_new_tokens)",
+        ),
+        "a row that is done draws on": ("drawn += running", "drawn += 1"),
+        "a row that moves to another slot leaves its seed behind": (
+            'STATE = ("tokens", "logprobs", "uniforms",',
+            'STATE = ("tokens", "logprobs",',
+        ),
+        "what a done row draws may still finish it": ("running & self._at_an_end(rows)", "self._at_an_end(rows)"),
     },
     "training/generation/hf.py": {
         "positions count the padding on the left": (
@@ -199,37 +212,59 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "(torch.ones_like(mask).cumsum(-1) - 1)[:, -input_ids.shape[1] :]",
         ),
         "a row that moves up in the batch draws with its neighbour's seed": (
-            "uniforms, mask, tokens = uniforms[keep], mask[keep], tokens[keep]",
-            "uniforms, mask, tokens = uniforms[: len(keep)], mask[keep], tokens[keep]",
+            "responses.keep(keep)",
+            "responses.keep(torch.arange(len(keep)))",
         ),
     },
-    "training/generation/native.py": {
-        "a row that moves to another slot leaves its seed behind": (
-            "self.uniforms[slot] = self.uniforms[len(self.running)]",
-            "pass",
-        ),
+    "training/generation/decoder.py": {
         "every prompt begins at the position where the one before it ended": (
-            "positions += range(len(prompt))",
-            "positions += range(len(positions), len(positions) + len(prompt))",
+            "places = [place for ids, _ in prompts for place in range(len(ids))]",
+            "places = list(range(len(ids)))",
         ),
-        "EOS may be drawn one token too early": (
-            "if count < self.sampling.min_new_tokens]",
-            "if count + 1 < self.sampling.min_new_tokens]",
+        "a row that moves forgets how much of it is cached": (
+            "self.newest[slot], self.lengths[slot] = self.newest[last], self.lengths[last]",
+            "self.newest[slot] = self.newest[last]",
+        ),
+        "the cache of a row that is done grows on": (
+            "self.lengths[:decoding] += ~self.responses.done(decoding)",
+            "self.lengths[:decoding] += 1",
+        ),
+        "graphs outlive the place of the weights": (
+            "self.graphs, self.weights = {}, weights",
+            "self.weights = weights",
         ),
     },
-    "training/generation/slot_cache.py": {
-        "a new token does not look at itself": ("mask = position <= last", "mask = position < last.clamp(min=1)"),
+    "training/generation/kv_cache.py": {
+        "a new token does not look at itself": (
+            "mask = position <= lengths[:, None]",
+            "mask = position < lengths[:, None].clamp(min=1)",
+        ),
         "the sliding window is one token too long": (
-            "mask &= position > last - sliding_window",
-            "mask &= position >= last - sliding_window",
+            "mask &= position > lengths[:, None] - sliding_window",
+            "mask &= position >= lengths[:, None] - sliding_window",
         ),
         "a row that moves leaves its last token behind": (
-            "layer[target, :length] = layer[source, :length]",
-            "layer[target, : length - 1] = layer[source, : length - 1]",
+            "rows[slot, :length] = rows[last, :length]",
+            "rows[slot, : length - 1] = rows[last, : length - 1]",
         ),
         "memory behind a row's end may hold nan": (
-            "self.values[layer] = value.new_zeros(self.slots, self.capacity, value.shape[0], value.shape[2])",
-            "self.values[layer] = value.new_full((self.slots, self.capacity, *value.shape[::2]), float('nan'))",
+            "value.new_zeros(self.num_places, value.shape[0], value.shape[2])",
+            "value.new_full((self.num_places, *value.shape[::2]), float('nan'))",
+        ),
+    },
+    "training/generation/paged_cache.py": {
+        "the page where a prompt ends is shared": (
+            "self._pages[twin][: prompt_tokens // PAGE_TOKENS]",
+            "self._pages[twin][: pages_of(prompt_tokens)]",
+        ),
+        "a page is free while another row holds it": ("if not self._shared[page]:", "if True:"),
+        "a row that moves takes no pages along": ("            self._write_table(slot)\n\n", "            pass\n\n"),
+    },
+    "training/generation/lean_layers.py": {
+        "weights that lie apart are taken for neighbours": ("or part.storage_offset() != expected:", "or False:"),
+        "layers of a sliding window see everything": (
+            "AttentionRule(attention.scaling, window)",
+            "AttentionRule(attention.scaling)",
         ),
     },
     "training/optim.py": {

@@ -7,6 +7,7 @@ trained, with no second copy of the model.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -15,20 +16,22 @@ from transformers import AttentionInterface, PretrainedConfig
 NAME = "rollout"
 
 
-class AttentionCache(Protocol):
-    """What stores keys and values and attends over them: see `SlotCache.attend`."""
+@dataclass(frozen=True)
+class AttentionRule:
+    """How a layer attends."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor: ...
+    scaling: float | None = None
+    """Of the products of queries and keys; None for 1 / sqrt(head_dim)."""
+    sliding_window: int | None = None
+    """How many tokens are seen, the own one included; None for all."""
+    softcap: float | None = None
+    """Bound of the scaled products, softcap * tanh(product / softcap); None for none."""
+
+
+class AttentionCache(Protocol):
+    """What stores keys and values and attends over them: see `KvCache.attend`."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor: ...
 
 
 _cache: AttentionCache | None = None
@@ -66,15 +69,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """[1, heads, tokens, head_dim] queries -> [1, tokens, heads, head_dim], as transformers calls it."""
     assert _cache is not None
-    output = _cache.attend(
-        module.layer_idx,
-        query[0],
-        key[0],
-        value[0],
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
+    rule = AttentionRule(scaling, sliding_window, softcap)
+    output = _cache.attend(module.layer_idx, query[0], key[0], value[0], rule)
     return output[None], None
 
 

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from training.generation.interface import (
-    Completion,
-    Endings,
-    Response,
-    SamplingConfig,
-    draw_uniforms,
-    start_responses,
-)
-from training.generation.sampler import sample_tokens
+from training.generation.interface import Completion, Endings, SamplingConfig, checked_limits
+from training.generation.responses import Responses
 
 
 class HuggingFaceGenerator:
@@ -49,52 +42,53 @@ class HuggingFaceGenerator:
         """See `Generator.generate`."""
         # Neighbours of like length: less padding.
         order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+        completions: dict[int, Completion] = {}
         with self.open_module() as module:
-            responses = start_responses(prompt_ids, sampling, limits, module)
+            limits = checked_limits(prompt_ids, sampling, limits, module)
+            decoding = _Decoding(module)
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
-                _Decoding(module, self.endings, sampling).run(
-                    [prompt_ids[row] for row in rows], [responses[row] for row in rows], [seeds[row] for row in rows]
-                )
-        return [response.completion() for response in responses]
+                responses = Responses(len(rows), sampling, self.endings, decoding.device)
+                responses.start(0, [seeds[row] for row in rows], [limits[row] for row in rows])
+                drawn = decoding.run([prompt_ids[row] for row in rows], responses)
+                completions |= zip(rows, drawn, strict=True)
+        return [completions[row] for row in range(len(prompt_ids))]
 
     def metrics(self) -> dict[str, float]:
         """See `Generator.metrics`."""
         return {}
 
+    def sleep(self) -> None:
+        """See `Generator.sleep`: nothing is kept."""
+
 
 class _Decoding:
-    """One batch of rows from prompt to end: cache, masks, and the rows that are still running."""
+    """One batch of rows from prompt to end: cache, masks, and the rows that are running."""
 
-    def __init__(self, module: nn.Module, endings: Endings, sampling: SamplingConfig) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.endings = endings
-        self.sampling = sampling
         self.device = next(module.parameters()).device
         self.takes_positions = "position_ids" in inspect.signature(_forward_of(module)).parameters
 
-    def run(self, prompt_ids: list[list[int]], responses: list[Response], seeds: list[int]) -> None:
+    def run(self, prompt_ids: list[list[int]], responses: Responses) -> list[Completion]:
         input_ids, mask = self._left_padded(prompt_ids)
-        uniforms = torch.stack([draw_uniforms(seed, self.sampling.max_new_tokens) for seed in seeds]).to(self.device)
-        eos_ids = torch.tensor(sorted(self.endings.eos_ids), dtype=torch.long, device=self.device)
         cache = DynamicCache()
-        for step in range(self.sampling.max_new_tokens):
-            logits = self._forward(input_ids, mask, cache)
-            if step < self.sampling.min_new_tokens:
-                logits[:, eos_ids] = -torch.inf
-            tokens, logprobs = sample_tokens(logits, uniforms[:, step], self.sampling)
-            for response, token, logprob in zip(responses, tokens.tolist(), logprobs.tolist(), strict=True):
-                response.append(token, logprob, self.endings)
-            running = [row for row, response in enumerate(responses) if not response.done]
-            if not running:
-                return
-            if len(running) < len(responses):
-                responses = [responses[row] for row in running]
-                keep = torch.tensor(running, device=self.device)
+        completions: dict[int, Completion] = {}
+        rows = list(range(len(prompt_ids)))
+        while rows:
+            input_ids = responses.draw(self._forward(input_ids, mask, cache))[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            done = responses.done(len(rows)).tolist()
+            if any(done):
+                ended = [place for place, is_done in enumerate(done) if is_done]
+                completions |= zip([rows[place] for place in ended], responses.completions(ended), strict=True)
+                running = [place for place, is_done in enumerate(done) if not is_done]
+                rows = [rows[place] for place in running]
+                keep = torch.tensor(running, dtype=torch.long, device=self.device)
                 cache.batch_select_indices(keep)
-                uniforms, mask, tokens = uniforms[keep], mask[keep], tokens[keep]
-            input_ids = tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+                responses.keep(keep)
+                input_ids, mask = input_ids[keep], mask[keep]
+        return [completions[row] for row in range(len(prompt_ids))]
 
     def _left_padded(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(ids) for ids in prompt_ids)

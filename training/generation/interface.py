@@ -1,11 +1,8 @@
 """What every rollout backend takes and returns: token ids in, token ids and their log-probabilities out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,35 +64,6 @@ class Endings:
             raise ValueError("a stop sequence has no tokens: leave it out")
         return cls(frozenset(eos_ids), tuple(map(tuple, stop_sequences)))
 
-    def end(self, response_ids: Sequence[int]) -> bool:
-        """Whether the newest token ends the response."""
-        return response_ids[-1] in self.eos_ids or any(
-            tuple(response_ids[-len(sequence) :]) == sequence for sequence in self.stop_sequences
-        )
-
-
-@dataclass
-class Response:
-    """A response while it is decoded."""
-
-    limit: int
-    """Longest it may become, in tokens."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    def append(self, token: int, logprob: float, endings: Endings) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.finished = endings.end(self.tokens)
-
-    @property
-    def done(self) -> bool:
-        return self.finished or len(self.tokens) >= self.limit
-
-    def completion(self) -> Completion:
-        return Completion(self.tokens, self.logprobs, self.finished)
-
 
 class Generator(Protocol):
     """A rollout backend."""
@@ -124,11 +92,15 @@ class Generator(Protocol):
         """Numbers about the last call, for the log."""
         ...
 
+    def sleep(self) -> None:
+        """Give back the memory that is kept between calls; the next call takes it again."""
+        ...
 
-def start_responses(
+
+def checked_limits(
     prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, limits: Sequence[int] | None, module: Any
-) -> list[Response]:
-    """An empty response to each prompt of `Generator.generate`, whose errors it raises."""
+) -> Sequence[int]:
+    """The longest response to each prompt of `Generator.generate`, whose errors it raises."""
     room = max_positions(module)
     if limits is None:
         limits = [sampling.max_new_tokens] * len(prompt_ids)
@@ -142,14 +114,9 @@ def start_responses(
                 f"prompt {number} has {len(ids)} tokens and its response up to {limit}, but the model reads at most "
                 f"{room}: lower data.max_prompt_tokens or sampling.max_new_tokens"
             )
-    return [Response(limit) for limit in limits]
+    return limits
 
 
 def max_positions(module: Any) -> int | None:
     """Tokens that a causal LM can read at once, where its configuration says so."""
     return getattr(getattr(module, "config", None), "max_position_embeddings", None)
-
-
-def draw_uniforms(seed: int, count: int) -> Tensor:
-    """`count` random numbers in [0, 1) that depend on `seed` alone. Drawn on the CPU: equal on every device."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -3,37 +3,34 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training.generation.attention_hook import attention_through
+from training.generation.decoder import Decoder, flat_forward
 from training.generation.hf import HuggingFaceGenerator
-from training.generation.interface import (
-    Completion,
-    Endings,
-    Response,
-    SamplingConfig,
-    draw_uniforms,
-    max_positions,
-    start_responses,
-)
-from training.generation.packed_weights import packed_weights
-from training.generation.sampler import sample_tokens
-from training.generation.slot_cache import FlatTokens, SlotCache
+from training.generation.interface import Completion, Endings, SamplingConfig, checked_limits, max_positions
+from training.generation.kv_cache import KvCache, SlotCache
+from training.generation.lean_layers import lean_layers
+from training.generation.paged_cache import PAGE_TOKENS, PagedCache, pages_of
+from training.generation.responses import Responses
 
-# Prompt tokens of one forward, beside the tokens of the rows that decode: bounds the memory of activations.
+# Tokens of the prompts of one forward, padded to the longest of them, beside the tokens of the rows that decode: bounds
+# the memory of activations.
 PROMPT_TOKENS_CPU = 2048
 PROMPT_TOKENS_GPU = 16384
+# Steps between two looks at which rows have ended, for which the host has to wait for the device.
+STEPS_UNSEEN_CPU = 1
+STEPS_UNSEEN_GPU = 8
 
 
 _log = logging.getLogger(__name__)
 
 
 class NativeGenerator:
-    """Continuous batching: a row that ends leaves at once and a waiting prompt takes its place.
+    """Continuous batching: a row that ends leaves and a waiting prompt takes its place.
 
     Equal prompts that wait next to each other are computed once. An architecture whose attention cannot be replaced is
     found out at the first call and served by the `hf` backend, with one line that says so.
@@ -45,6 +42,9 @@ class NativeGenerator:
         endings: Endings,
         batch_size: int,
         cache_gib: float | None = None,
+        keep_cache: bool = True,
+        paged: bool | None = None,
+        steps_unseen: int | None = None,
     ) -> None:
         """
         Args:
@@ -52,14 +52,21 @@ class NativeGenerator:
             endings: what ends a response.
             batch_size: rows decoded together; memory for keys and values grows with it.
             cache_gib: memory for keys and values; rows that do not fit wait for others to end. None for no limit.
+            keep_cache: hold that memory, and the CUDA graphs that point to it, from one call to the next.
+            paged: keep keys and values in pages; None does so on a GPU, where a kernel reads them in place.
+            steps_unseen: steps between two looks at which rows have ended; None for what suits the device.
         """
         self.open_module = open_module
         self.endings = endings
         self.batch_size = batch_size
         self.cache_gib = cache_gib
-        self.last_cache_gib = 0.0
+        self.keep_cache = keep_cache
+        self.paged = paged
+        self.steps_unseen = steps_unseen
         self.fallback = HuggingFaceGenerator(open_module, endings, batch_size)
         self.takes_the_hook: bool | None = None
+        self.decoder: Decoder | None = None
+        self.last_metrics: dict[str, float] = {}
         self.has_told_of_waiting = False
 
     def generate(
@@ -75,124 +82,139 @@ class NativeGenerator:
                 if self.takes_the_hook is None:
                     self.takes_the_hook = follows_the_hook(module)
                 if self.takes_the_hook:
-                    responses = start_responses(prompt_ids, sampling, limits, module)
-                    rows = [_Row(*row) for row in zip(prompt_ids, responses, seeds, strict=True)]
-                    capacity = max((len(row.prompt_ids) + row.response.limit for row in rows), default=1)
-                    cache = SlotCache(self._slots(module, len(rows), capacity), capacity)
-                    _Decoding(module, cache, self.endings, sampling, rows).run()
-                    self.last_cache_gib = cache.num_bytes / 2**30
-                    return [response.completion() for response in responses]
+                    limits = checked_limits(prompt_ids, sampling, limits, module)
+                    return self._decode(module, prompt_ids, sampling, seeds, limits) if prompt_ids else []
             _log.warning("the native rollout backend cannot serve this architecture: hf does")
         return self.fallback.generate(prompt_ids, sampling, seeds, limits)
 
+    def sleep(self) -> None:
+        """See `Generator.sleep`."""
+        self.decoder = None
+
     def metrics(self) -> dict[str, float]:
         """See `Generator.metrics`."""
-        return {"rollout/kv_cache_gib": self.last_cache_gib} if self.takes_the_hook else {}
+        return self.last_metrics
 
-    def _slots(self, module: Any, num_rows: int, capacity: int) -> int:
-        """Rows that are decoded together: as many as there are, as are allowed, and as memory holds."""
-        wanted = min(self.batch_size, num_rows)
-        if self.cache_gib is None:
-            return wanted
-        row_gib = capacity * bytes_per_token(module) / 2**30
-        room = int(self.cache_gib / row_gib)
-        if room < 1:
-            raise ValueError(
-                f"kv_cache_gib is {self.cache_gib:g}, but a row of {capacity} tokens needs {row_gib:.3g}: raise it, or "
-                "lower sampling.max_new_tokens"
-            )
-        if room < wanted and not self.has_told_of_waiting:
+    def _decode(
+        self,
+        module: Any,
+        prompt_ids: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        limits: Sequence[int],
+    ) -> list[Completion]:
+        wanted = min(self.batch_size, len(prompt_ids))
+        capacity = max(len(ids) + limit for ids, limit in zip(prompt_ids, limits, strict=True))
+        if self.decoder is None or not self.decoder.serves(module, wanted, capacity, sampling):
+            self.decoder = None  # its memory is free before the new one's is taken
+            self.decoder = self._new_decoder(module, wanted, capacity, sampling)
+        decoder = self.decoder
+        rollout = _Rollout(decoder, prompt_ids, seeds, limits, self.steps_unseen)
+        with attention_through(module, decoder.cache), lean_layers(module, decoder.cache, wanted):
+            while rollout.unfinished:
+                rollout.step()
+        if rollout.room < wanted and not self.has_told_of_waiting:
             self.has_told_of_waiting = True
-            _log.warning(f"{room} of {wanted} rows fit into kv_cache_gib {self.cache_gib:g}: the others wait")
-        return min(wanted, room)
+            _log.warning(f"{rollout.room} of {wanted} rows fit into kv_cache_gib {self.cache_gib:g}: the others wait")
+        self.last_metrics = {
+            "rollout/kv_cache_gib": decoder.cache.num_bytes / 2**30,
+            "rollout/kv_cache_peak": decoder.cache.peak_share,
+        }
+        if not self.keep_cache:
+            self.sleep()
+        return [rollout.completions[row] for row in range(len(prompt_ids))]
+
+    def _new_decoder(self, module: Any, wanted: int, capacity: int, sampling: SamplingConfig) -> Decoder:
+        """One that has room for as many rows as are wanted and as memory holds."""
+        device = next(module.parameters()).device
+        paged = device.type == "cuda" if self.paged is None else self.paged
+        row_tokens = pages_of(capacity) * PAGE_TOKENS if paged else capacity
+        tokens = wanted * row_tokens
+        if self.cache_gib is not None:
+            tokens = min(tokens, int(self.cache_gib * 2**30 / bytes_per_token(module)))
+        if tokens < row_tokens:
+            raise ValueError(
+                f"kv_cache_gib is {self.cache_gib:g}, but a row of {capacity} tokens needs "
+                f"{row_tokens * bytes_per_token(module) / 2**30:.3g}: raise it, or lower sampling.max_new_tokens"
+            )
+        cache: KvCache
+        if paged:
+            cache = PagedCache(wanted, capacity, tokens // PAGE_TOKENS, device)
+        else:
+            cache = SlotCache(tokens // row_tokens, capacity)
+        return Decoder(module, cache, Responses(wanted, sampling, self.endings, device), capacity)
 
 
-@dataclass
-class _Row:
-    """A prompt and what follows it."""
-
-    prompt_ids: list[int]
-    response: Response
-    seed: int
-    cached: int = 0
-    """Tokens in the cache."""
-
-
-class _Decoding:
-    """All rows of one call, from waiting to done."""
+class _Rollout:
+    """The rows of one call, from waiting to done."""
 
     def __init__(
-        self, module: Any, cache: SlotCache, endings: Endings, sampling: SamplingConfig, rows: list[_Row]
+        self,
+        decoder: Decoder,
+        prompt_ids: list[list[int]],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        steps_unseen: int | None,
     ) -> None:
-        self.module = module
-        self.cache = cache
-        self.device = next(module.parameters()).device
-        self.endings = endings
-        self.eos_ids = torch.tensor(sorted(endings.eos_ids), dtype=torch.long, device=self.device)
-        self.sampling = sampling
-        self.uniforms = torch.zeros(cache.slots, sampling.max_new_tokens, device=self.device)
+        self.decoder = decoder
+        self.prompt_ids, self.seeds, self.limits = prompt_ids, seeds, limits
+        is_gpu = decoder.device.type == "cuda"
+        self.steps_unseen = steps_unseen or (STEPS_UNSEEN_GPU if is_gpu else STEPS_UNSEEN_CPU)
+        self.prompt_tokens = PROMPT_TOKENS_GPU if is_gpu else PROMPT_TOKENS_CPU
         # Taken from the end. The longest first: a long one that starts late is decoded alone.
-        self.waiting = sorted(rows, key=lambda row: -row.response.limit)[::-1]
-        self.running: list[_Row] = []  # by slot
+        self.waiting = sorted(range(len(prompt_ids)), key=lambda row: -limits[row])[::-1]
+        self.running: list[int] = []  # by slot
+        self.room = len(prompt_ids)  # rows that ran when the cache had no room for another
+        self.completions: dict[int, Completion] = {}
 
-    def run(self) -> None:
-        with attention_through(self.module, self.cache), packed_weights(self.module, self.cache.slots):
-            while self.running or self.waiting:
-                logits = self._forward(self._admit())
-                self._sample(logits)
-                self._retire()
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
 
-    def _admit(self) -> list[list[_Row]]:
-        """Waiting rows that fit now, those of equal prompts together."""
-        budget = PROMPT_TOKENS_GPU if self.device.type == "cuda" else PROMPT_TOKENS_CPU
-        admitted: list[list[_Row]] = []
-        for slot in range(len(self.running), self.cache.slots):
-            if not self.waiting:
+    def step(self) -> None:
+        """One more token, or several, for each row; rows that end make room."""
+        decoding = len(self.running)
+        prompts = self._admit()
+        if prompts:
+            rows = self.running[decoding:]
+            self.decoder.start(decoding, [self.seeds[row] for row in rows], [self.limits[row] for row in rows])
+            self.decoder.read(decoding, prompts)
+        else:
+            self.decoder.decode(decoding, self.steps_unseen)
+        self._retire()
+
+    def _admit(self) -> list[tuple[list[int], list[int]]]:
+        """Waiting rows that fit now: prompts, and the slots of the rows that begin with each."""
+        cache = self.decoder.cache
+        prompts: list[tuple[list[int], list[int]]] = []
+        longest = 0
+        while self.waiting:
+            row, slot = self.waiting[-1], len(self.running)
+            ids = self.prompt_ids[row]
+            twin = prompts[-1][1][0] if prompts and prompts[-1][0] == ids else None
+            longest = max(longest, len(ids))
+            if twin is None and prompts and (len(prompts) + 1) * longest > self.prompt_tokens:
                 break
-            row = self.waiting[-1]
-            if admitted and admitted[-1][0].prompt_ids == row.prompt_ids:
-                admitted[-1].append(row)
-            elif admitted and budget < len(row.prompt_ids):
+            if not cache.admit(slot, len(ids), self.limits[row], twin):
+                self.room = min(self.room, slot)
                 break
-            else:
-                admitted.append([row])
-                budget -= len(row.prompt_ids)
-            self.waiting.pop()
-            row.cached = len(row.prompt_ids)
-            self.uniforms[slot] = draw_uniforms(row.seed, self.sampling.max_new_tokens)
-        return admitted
-
-    def _forward(self, admitted: list[list[_Row]]) -> Tensor:
-        """Logits [rows, vocab] after the last token of each row, the admitted ones behind the others."""
-        slots = iter(range(len(self.running), self.cache.slots))
-        prompts = [(rows[0].prompt_ids, [next(slots) for _ in rows]) for rows in admitted]
-        tokens, lengths = [row.response.tokens[-1] for row in self.running], [row.cached for row in self.running]
-        logits = _forward(self.module, self.cache, tokens, lengths, prompts)
-        for row in self.running:
-            row.cached += 1
-        self.running += [row for rows in admitted for row in rows]
-        return logits
-
-    def _sample(self, logits: Tensor) -> None:
-        drawn = [len(row.response.tokens) for row in self.running]
-        too_short = [slot for slot, count in enumerate(drawn) if count < self.sampling.min_new_tokens]
-        if too_short:
-            logits[torch.tensor(too_short, device=self.device)[:, None], self.eos_ids] = -torch.inf
-        uniforms = self.uniforms[: len(drawn)].gather(1, torch.tensor(drawn, device=self.device)[:, None])[:, 0]
-        tokens, logprobs = sample_tokens(logits, uniforms, self.sampling)
-        for row, token, logprob in zip(self.running, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.response.append(token, logprob, self.endings)
+            if twin is None:
+                prompts.append((ids, []))
+            prompts[-1][1].append(slot)
+            self.running.append(self.waiting.pop())
+        return prompts
 
     def _retire(self) -> None:
         """Take out the rows that are done; the last rows move into their slots."""
-        for slot in reversed(range(len(self.running))):
-            if not self.running[slot].response.done:
-                continue
-            last = self.running.pop()
-            if slot < len(self.running):
-                self.cache.move(len(self.running), slot, last.cached)
-                self.uniforms[slot] = self.uniforms[len(self.running)]
-                self.running[slot] = last
+        done = self.decoder.responses.done(len(self.running)).nonzero()[:, 0].tolist()
+        if not done:
+            return
+        drawn = self.decoder.responses.completions(done)
+        self.completions |= {self.running[slot]: found for slot, found in zip(done, drawn, strict=True)}
+        for slot in reversed(done):
+            self.decoder.retire(slot, len(self.running) - 1)
+            self.running[slot] = self.running[-1]
+            self.running.pop()
 
 
 def bytes_per_token(module: Any) -> int:
@@ -217,50 +239,19 @@ def follows_the_hook(module: Any) -> bool:
     steps = longest - lengths[1]
     cache = SlotCache(slots=2, capacity=longest)
     try:
-        with attention_through(module, cache):
-            prompts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-            logits = [_forward(module, cache, [], [], [(prompt, [slot]) for slot, prompt in enumerate(prompts)])]
+        with attention_through(module, cache), lean_layers(module, cache, rows=2):
+            prompts = [(row[:length], [slot]) for slot, (row, length) in enumerate(zip(rows, lengths, strict=True))]
+            none = torch.zeros(0, dtype=torch.long, device=device)
+            logits = [flat_forward(module, cache, none, none, prompts)]
             for step in range(steps):
                 seen = [length + step for length in lengths]
                 tokens = [row[length] for row, length in zip(rows, seen, strict=True)]
-                logits.append(_forward(module, cache, tokens, seen, []))
+                newest, held = torch.tensor([tokens, seen], device=device)
+                logits.append(flat_forward(module, cache, newest, held, []))
     except (AttributeError, TypeError):  # its attention is called in another way, or it takes no positions
         return False
     found = torch.stack(logits, dim=1).float()
     own = [module(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in rows]
     expected = torch.stack([row[length - 1 : length + steps] for row, length in zip(own, lengths, strict=True)])
     tolerance = 1e-3 if next(module.parameters()).dtype == torch.float32 else 0.2
-    return bool(cache.keys) and bool((found - expected).abs().max() < tolerance * expected.std())
-
-
-def _forward(
-    module: Any,
-    cache: SlotCache,
-    tokens: Sequence[int],
-    lengths: Sequence[int],
-    prompts: Sequence[tuple[list[int], Sequence[int]]],
-) -> Tensor:
-    """Logits [rows, vocab] after the last token of every row.
-
-    Args:
-        module: inside `attention_through(module, cache)`.
-        tokens: the newest token of each row that decodes.
-        lengths: how many tokens of that row the cache holds.
-        prompts: what is new, each with the slots that it is written to; every slot counts as a row.
-    """
-    device = next(module.parameters()).device
-    ids, positions, last = list(tokens), list(lengths), list(range(len(tokens)))
-    places = []
-    for prompt, slots in prompts:
-        places.append((slice(len(ids), len(ids) + len(prompt)), slots))
-        ids += prompt
-        positions += range(len(prompt))
-        last += [len(ids) - 1] * len(slots)
-    cache.begin(FlatTokens(torch.tensor(lengths, dtype=torch.long, device=device), places))
-    output = module(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        logits_to_keep=torch.tensor(last, device=device),
-        use_cache=False,
-    )
-    return output.logits[0]
+    return bool(cache.layers) and bool((found - expected).abs().max() < tolerance * expected.std())

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from training.generation.interface import SamplingConfig
-from training.logprobs import CHUNK_FLOATS_CPU, CHUNK_FLOATS_GPU
 
 BLOCK = 256
+# Logits in float32 at one time: few enough to stay in a processor's cache.
+CHUNK_FLOATS_CPU = 2**19
+CHUNK_FLOATS_GPU = 2**24
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -22,35 +24,46 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) ->
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    floats = CHUNK_FLOATS_GPU if logits.is_cuda else CHUNK_FLOATS_CPU
-    rows = max(1, floats // logits.shape[-1])
-    drawn = [
-        _draw(restrict(part.float() / sampling.temperature, sampling.top_k, sampling.top_p), part_uniforms)
-        for part, part_uniforms in zip(logits.split(rows), uniforms.split(rows), strict=True)
-    ]
-    return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logprobs for _, logprobs in drawn])
+    if sampling.top_k or sampling.top_p < 1:
+        return draw_tokens(restrict(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p), uniforms)
+    if logits.is_cuda:
+        # Imported here: Triton comes with torch's GPU builds only.
+        from training.generation import sampler_kernel
+
+        return sampler_kernel.draw_tokens(logits, uniforms, sampling.temperature)
+    return draw_tokens(logits, uniforms, sampling.temperature)
 
 
-def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """As `sample_tokens`, from the softmax of [rows, vocab] float32 logits.
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """As `sample_tokens`, from softmax(logits / temperature).
 
     The vocabulary is summed up in blocks, and only the block that the draw falls into is looked at token by token: one
     cumulative sum over a large vocabulary costs as much as all the rest.
     """
-    largest = logits.amax(-1, keepdim=True)
-    weights = (logits - largest).exp_()
-    whole = weights.shape[-1] // BLOCK * BLOCK
-    sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
-    sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()
+    floats = CHUNK_FLOATS_GPU if logits.is_cuda else CHUNK_FLOATS_CPU
+    parts = [_block_sums(part, temperature) for part in logits.split(max(1, floats // logits.shape[-1]))]
+    largest, sums = (torch.cat(column) for column in zip(*parts, strict=True))
     threshold = (uniforms * sums.sum(-1))[:, None]
     block = _first_above(sums, threshold)
     threshold = (threshold - (sums.cumsum(-1) - sums).gather(-1, block)).clamp_(min=0)
     members = block * BLOCK + torch.arange(BLOCK, device=logits.device)
-    inside = weights.gather(-1, members.clamp(max=logits.shape[-1] - 1)).double()
-    inside = torch.where(members < logits.shape[-1], inside, 0.0)
-    token = members.gather(-1, _first_above(inside, threshold))
-    logprob = logits.gather(-1, token) - largest - sums.sum(-1, keepdim=True).log().to(logits)
-    return token[:, 0], logprob[:, 0]
+    inside = logits.gather(-1, members.clamp(max=logits.shape[-1] - 1)).float().div_(temperature)
+    weights = torch.where(members < logits.shape[-1], (inside - largest).exp_(), 0.0).double()
+    position = _first_above(weights, threshold)
+    logprob = inside.gather(-1, position) - largest - sums.sum(-1, keepdim=True).log().float()
+    return members.gather(-1, position)[:, 0], logprob[:, 0]
+
+
+def _block_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Largest logit [rows, 1] float32 and sums of exp(logit - largest) over blocks [rows, blocks] float64."""
+    weights = logits.to(torch.float32, copy=True)
+    if temperature != 1.0:
+        weights.div_(temperature)
+    largest = weights.amax(-1, keepdim=True)
+    weights.sub_(largest).exp_()
+    whole = weights.shape[-1] // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    return largest, torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1).double()
 
 
 def _first_above(weights: Tensor, threshold: Tensor) -> Tensor:

@@ -1,0 +1,266 @@
+"""Keys and values of the rows that are being decoded, and attention over them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.generation.attention_hook import AttentionRule
+
+
+@dataclass(frozen=True)
+class FlatTokens:
+    """What the tokens of one forward are: [1, tokens] ids without any padding.
+
+    First one token of each row that decodes, in the order of slots; then whole prompts, one after the other.
+    """
+
+    lengths: Tensor
+    """[decoding] long: tokens of each decoding row that the cache holds already."""
+    prompts: Sequence[tuple[int, Sequence[int]]] = ()
+    """Tokens of each prompt, and the slots of the rows that begin with it."""
+
+    @property
+    def decoding(self) -> int:
+        return self.lengths.shape[0]
+
+
+class KvCache(ABC):
+    """Memory for tokens, [places, kv_heads, head_dim] for each layer; its kinds say which place a token has."""
+
+    def __init__(self, num_places: int) -> None:
+        self.num_places = num_places
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of each layer, made when the layer is first met."""
+        self._tokens: FlatTokens | None = None
+
+    @abstractmethod
+    def admit(self, slot: int, prompt_tokens: int, limit: int, twin: int | None) -> bool:
+        """Give a new row its memory; False, and nothing is done, if there is no room now.
+
+        Args:
+            slot: its number, behind all others.
+            prompt_tokens, limit: tokens of its prompt, and those of its response at most.
+            twin: slot of a row that is admitted with it and has the same prompt.
+        """
+
+    @abstractmethod
+    def retire(self, slot: int, last: int, cached: Tensor) -> None:
+        """Take back the memory of the row in `slot` and give the row in slot `last`, of `cached` tokens, that slot."""
+
+    @abstractmethod
+    def decoding_places(self, lengths: Tensor) -> Tensor:
+        """[rows] long: where the next token of each row goes, given [rows] tokens that it has."""
+
+    @abstractmethod
+    def prompt_places(self, slot: int, positions: Tensor) -> Tensor:
+        """[tokens] long, on the CPU: where a row's tokens at `positions` are."""
+
+    @abstractmethod
+    def first_own(self, slot: int) -> int:
+        """Position of the first token that the row does not share with a twin."""
+
+    @abstractmethod
+    def attend_rows(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        lengths: Tensor,
+        rule: AttentionRule,
+    ) -> Tensor:
+        """[rows, heads, head_dim] queries of the newest tokens, stored already -> the same shape.
+
+        `lengths` does not count the newest token.
+        """
+
+    def begin(self, tokens: FlatTokens) -> None:
+        """Say what the next forward holds."""
+        self._tokens = tokens
+        # Where tokens go, and which ones go there; None for all in their order.
+        self._places = self.decoding_places(tokens.lengths)
+        self._stored: Tensor | None = None
+        if not tokens.prompts:
+            return
+        places, stored = [], []
+        lengths = torch.tensor([length for length, _ in tokens.prompts])
+        starts = lengths.cumsum(0) - lengths
+        for start, (length, slots) in zip(starts.tolist(), tokens.prompts, strict=True):
+            for slot in slots:
+                positions = torch.arange(self.first_own(slot), length)
+                places.append(self.prompt_places(slot, positions))
+                stored.append(tokens.decoding + start + positions)
+        device = tokens.lengths.device
+        self._places = torch.cat([self._places, torch.cat(places).to(device)])
+        self._stored = torch.cat([torch.arange(tokens.decoding), *stored]).to(device)
+        # Prompts side by side, padded on the right, which causal attention never looks at.
+        column = torch.arange(int(lengths.max()))
+        self._side_by_side = (starts[:, None] + column.minimum(lengths[:, None] - 1)).to(device)
+        self._real = (column < lengths[:, None]).flatten().nonzero()[:, 0].to(device)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: AttentionRule,
+    ) -> Tensor:
+        """Store the new keys and values and attend from each token to its own row up to itself.
+
+        Args:
+            layer: its number.
+            query: [heads, tokens, head_dim].
+            key, value: [kv_heads, tokens, head_dim].
+            rule: how the layer attends.
+
+        Returns: [tokens, heads, head_dim].
+        """
+        assert self._tokens is not None, "begin() comes before the forward"
+        if layer not in self.layers:
+            # Zeros: attention gives what is behind a row's end no weight, and 0 * nan would be nan.
+            self.layers[layer] = (
+                key.new_zeros(self.num_places, key.shape[0], key.shape[2]),
+                value.new_zeros(self.num_places, value.shape[0], value.shape[2]),
+            )
+        for memory, new in zip(self.layers[layer], (key, value), strict=True):
+            new = new.transpose(0, 1)
+            memory.index_copy_(0, self._places, new if self._stored is None else new[self._stored])
+        count = self._tokens.decoding
+        parts = []
+        if count:
+            rows = query[:, :count].transpose(0, 1)
+            parts.append(self.attend_rows(*self.layers[layer], rows, self._tokens.lengths, rule))
+        if self._tokens.prompts:
+            parts.append(self._attend_prompts(query[:, count:], key[:, count:], value[:, count:], rule))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend_prompts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: AttentionRule,
+    ) -> Tensor:
+        group = query.shape[0] // key.shape[0]
+        query = query[:, self._side_by_side].transpose(0, 1)  # [prompts, heads, longest, head_dim]
+        key, value = (part[:, self._side_by_side].transpose(0, 1).repeat_interleave(group, 1) for part in (key, value))
+        mask = causal_mask(query.shape[2], rule.sliding_window, query.device)
+        attended = attention(query, key, value, mask, rule)
+        return attended.transpose(1, 2).flatten(0, 1)[self._real]
+
+    @property
+    @abstractmethod
+    def peak_share(self) -> float:
+        """The largest part of the memory that was in use at one time."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(memory.nbytes for pair in self.layers.values() for memory in pair)
+
+
+class SlotCache(KvCache):
+    """Rows in memory of equal size, those in use the first ones: attention reads slices of it and copies nothing."""
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        """
+        Args:
+            slots: rows that it has room for.
+            capacity: tokens that a row has room for.
+        """
+        super().__init__(slots * capacity)
+        self.slots, self.capacity = slots, capacity
+        self._most_used = 0
+        self._masks: dict[int | None, Tensor] = {}
+
+    @property
+    def peak_share(self) -> float:
+        return self._most_used / self.slots
+
+    def admit(self, slot: int, prompt_tokens: int, limit: int, twin: int | None) -> bool:
+        self._most_used = max(self._most_used, min(slot + 1, self.slots))
+        return slot < self.slots
+
+    def retire(self, slot: int, last: int, cached: Tensor) -> None:
+        if slot == last:
+            return
+        length = int(cached)
+        for memory in (memory for pair in self.layers.values() for memory in pair):
+            rows = memory.unflatten(0, (self.slots, self.capacity))
+            rows[slot, :length] = rows[last, :length]
+
+    def decoding_places(self, lengths: Tensor) -> Tensor:
+        self._masks = {}
+        return torch.arange(lengths.shape[0], device=lengths.device) * self.capacity + lengths
+
+    def prompt_places(self, slot: int, positions: Tensor) -> Tensor:
+        return slot * self.capacity + positions
+
+    def first_own(self, slot: int) -> int:
+        return 0
+
+    def attend_rows(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        lengths: Tensor,
+        rule: AttentionRule,
+    ) -> Tensor:
+        """See `KvCache.attend_rows`."""
+        count, shape = query.shape[0], query.shape
+        mask = self._mask(lengths, rule.sliding_window, query.dtype)
+        seen_keys, seen_values = (
+            memory.unflatten(0, (self.slots, self.capacity))[:count, : mask.shape[-1]].transpose(1, 2)
+            for memory in (keys, values)
+        )
+        # Heads that share keys stand where several queries of one head would: nothing is repeated.
+        grouped = query.reshape(count, keys.shape[1], -1, shape[2])
+        return attention(grouped, seen_keys, seen_values, mask, rule).reshape(shape)
+
+    def _mask(self, lengths: Tensor, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        """As `row_mask`, [rows, 1, 1, longest], made once for all layers."""
+        if sliding_window not in self._masks:
+            mask = row_mask(lengths, int(lengths.max()) + 1, sliding_window)
+            self._masks[sliding_window] = additive(mask, dtype)[:, None, None]
+        return self._masks[sliding_window]
+
+
+def row_mask(lengths: Tensor, width: int, sliding_window: int | None) -> Tensor:
+    """[rows, width] bool: where the newest token of each row, which is its `lengths`-th, looks."""
+    position = torch.arange(width, device=lengths.device)
+    mask = position <= lengths[:, None]
+    if sliding_window is not None:
+        mask &= position > lengths[:, None] - sliding_window
+    return mask
+
+
+def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[length, length] bool, true where a token (row) looks; None where every earlier token is seen."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a mask is true, else minus infinity: attention would make this of it at every layer."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:
+    """[batch, heads, queries, head_dim]; a mask is bool or additive, and without one it is causal."""
+    if rule.softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=rule.scaling)
+    scale = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    products = rule.softcap * torch.tanh((query @ key.transpose(-1, -2)).float() * scale / rule.softcap)
+    if mask is None:
+        mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask.dtype == torch.bool:
+        mask = additive(mask, torch.float32)
+    return (products + mask).softmax(-1).to(value.dtype) @ value
