@@ -234,6 +234,10 @@ def generation_under_zero_3_does_not_wait_for_other_ranks(folder: Path) -> None:
     assert [row.response_ids for row in found] == [row.response_ids for row in expected]
     counts = distributed.gather_objects([len(row.response_ids) for row in found])
     assert len({count for own in counts for count in own}) > 1, counts
+    # A rank without prompts holds nobody up.
+    idle = distributed.rank() == 0
+    again = generator.generate([] if idle else prompts, sampling, [] if idle else seeds)
+    assert again == ([] if idle else found)
     # Training goes on as if nothing had been generated.
     batch = collate(rows(2), pad_id=PAD)
     ours, _ = response_logprobs(engine, batch)

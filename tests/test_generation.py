@@ -408,6 +408,51 @@ def test_a_step_that_cannot_be_captured_runs_without(
     assert told.startswith("a decoding step cannot be captured in a CUDA graph and runs without: operation not")
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_deepspeed_lays_the_weights_of_a_layer_side_by_side(
+    tiny_model: TinyModel, architecture: str, zero_stage: Any, precision: Any
+) -> None:
+    """So q, k and v are one product, and gate and up another, on the weights that are trained and without a copy."""
+    config = EngineConfig(zero_stage=zero_stage, precision=precision)
+    loaded = load_causal_lm(ModelConfig(path=tiny_model(architecture)), torch.float32)
+    optim = OptimConfig(lr=0.03, warmup_fraction=0.0)
+    engine = train_engine(loaded, config, optim, micro_batch_size=1, train_batch_size=1, total_steps=10)
+    for layer in engine.module.model.layers:
+        attention = layer.self_attn
+        for parts in (attention.q_proj, attention.k_proj, attention.v_proj), (layer.mlp.gate_proj, layer.mlp.up_proj):
+            weights = [part.weight for part in parts]
+            whole = _as_one(weights)
+            assert whole is not None and torch.equal(whole, torch.cat(weights))
+            biases = [part.bias for part in parts if part.bias is not None]
+            assert not biases or _as_one(biases) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "phi3"])
+def test_on_a_gpu_pages_kernels_and_graphs_draw_what_the_cpu_draws(
+    tiny_model: TinyModel, architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(tiny_model(architecture))
+    asked = PROMPTS + [prompts(90, seed=5)[0]] * 3
+    seeds, sampling = list(range(8)), SamplingConfig(max_new_tokens=40, temperature=0.9)
+    expected = native(model).generate(asked, sampling, seeds)
+    generator = native(model.cuda())
+    for _ in range(2):
+        assert_same(generator.generate(asked, sampling, seeds), expected)
+    assert generator.decoder.graphs
+    assert not caplog.records
+    graphs = generator.decoder.graphs
+    with torch.no_grad():  # a graph reads what the weights are now
+        model.get_output_embeddings().weight.mul_(-1)
+    found = generator.generate(asked, sampling, seeds)
+    assert generator.decoder.graphs is graphs
+    assert_same(found, native(model.cpu()).generate(asked, sampling, seeds))
+
+
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 8), (8, 8), (9, 16), (33, 64), (97, 100), (100, 100)])
 def test_rows_are_rounded_up_to_a_captured_number(rows: int, bucket: int) -> None:
     assert bucket_of(rows, slots=100) == bucket

@@ -1,6 +1,7 @@
 """The rollout backends that the benchmark compares: ours, and those of transformers."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -131,10 +132,16 @@ def continuous_batching(model: Any, batch_size: int) -> Run:
     return run
 
 
+def in_float32(make: Callable[[Any, int], Run], model: Any, batch_size: int) -> Run:
+    """A backend on a copy of the model in float32, as people run models on a CPU."""
+    return make(copy.deepcopy(model).float(), batch_size)
+
+
 # By name: from a model and the number of rows that decode together.
 BACKENDS: dict[str, Callable[[Any, int], Run]] = {
     **{name: partial(own_backend, name) for name in GENERATORS},
     "generate-dynamic": partial(transformers_generate, None, False),
+    "generate-dynamic-fp32": partial(in_float32, partial(transformers_generate, None, False)),
     "generate-static": partial(transformers_generate, "static", False),
     "generate-static-compiled": partial(transformers_generate, "static", True),
     "continuous-batching": continuous_batching,

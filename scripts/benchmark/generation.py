@@ -30,7 +30,13 @@ from training.config_files import as_plain, load_config
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BASELINE = "generate-dynamic"
 Backend = Literal[
-    "native", "hf", "generate-dynamic", "generate-static", "generate-static-compiled", "continuous-batching"
+    "native",
+    "hf",
+    "generate-dynamic",
+    "generate-dynamic-fp32",
+    "generate-static",
+    "generate-static-compiled",
+    "continuous-batching",
 ]
 
 
@@ -180,7 +186,7 @@ def measure(
 ) -> tuple[Ceilings, dict[str, Measurement]]:
     """All repeats of all backends, in turns, after one run of each to warm up."""
     device = model.device
-    names = config.backends or [name for name in BACKENDS if device.type == "cuda" or "compiled" not in name]
+    names = config.backends or default_backends(config, device)
     prefill = replace(workload, limits=[1] * len(workload.limits))
     # On a GPU the whole of it: what is compiled or captured for a shape of batch is not timed.
     warm_up = workload if device.type == "cuda" else replace(workload, limits=[min(2, n) for n in workload.limits])
@@ -204,6 +210,14 @@ def measure(
                 one.failure = f"{type(error).__name__}: {error}".splitlines()[0]
         ceilings.append(measure_ceilings(device, model.dtype, batch_size))
     return reduce(Ceilings.best, ceilings), measured
+
+
+def default_backends(config: BenchmarkConfig, device: torch.device) -> list[str]:
+    """All that the device has."""
+    elsewhere = {"generate-dynamic-fp32"} if device.type == "cuda" else {"generate-static-compiled"}
+    if config.dtype == "fp32":
+        elsewhere.add("generate-dynamic-fp32")
+    return [name for name in BACKENDS if name not in elsewhere]
 
 
 def take(run: Run, workload: Workload) -> float:
