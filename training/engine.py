@@ -171,7 +171,8 @@ def _gathered(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     with deepspeed.zero.GatheredParameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
-        for hook in offload.forward_hooks + offload.backward_hooks:
+        # The first one makes ranks compare notes at a forward: those that generate on would wait for those that have ended.
+        for hook in [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
         try:
@@ -180,6 +181,7 @@ def _gathered(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
             coordinator = offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()  # the recorded order of gathers no longer holds
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(lambda *_: coordinator.reset_step())
             offload._register_deepspeed_module(offload.module)
 
 
