@@ -16,7 +16,18 @@ PACKAGES = ("training", *STAGES, "scripts")
 # Modules of `training`, from the bottom up. A module imports from lower layers, and from its own where it must.
 LAYERS = (
     {"masking"},
-    {"config", "config_files", "distributed", "formats", "records", "logprobs", "advantages", "losses", "rewards"},
+    {
+        "config",
+        "config_files",
+        "distributed",
+        "formats",
+        "records",
+        "logprobs",
+        "advantages",
+        "losses",
+        "packing",
+        "rewards",
+    },
     {"tokenization", "examples", "data", "models", "optim", "metrics", "forward"},
     {"engine", "loop", "checkpoint", "generation"},
 )

@@ -113,13 +113,14 @@ def test_a_model_that_knows_the_next_token_has_logprob_0_on_the_response() -> No
     assert (logprobs[:, 1:][batch.response_mask[:, 1:]] < -1e8).all()
 
 
-def test_logprobs_are_0_before_the_first_response_token_of_the_batch(tiny_model: Callable[[str], str]) -> None:
-    model = load_causal_lm(ModelConfig(path=tiny_model("llama")), torch.float32)
+@pytest.mark.parametrize("packing", [False, True])
+def test_logprobs_are_0_outside_of_the_response(tiny_model: Callable[[str], str], packing: bool) -> None:
+    model = load_causal_lm(ModelConfig(path=tiny_model("llama"), packing=packing), torch.float32)
     batch = batch_of(order=[1, 3])  # responses begin at 9 and at 5
     logprobs, entropy = response_logprobs(model, batch, with_entropy=True)
     assert entropy is not None
-    assert logprobs[:, :5].count_nonzero() == entropy[:, :5].count_nonzero() == 0
-    assert (logprobs[:, 5] < 0).all()
+    assert torch.equal(logprobs < 0, batch.response_mask)
+    assert torch.equal(entropy > 0, batch.response_mask)
 
 
 def test_a_batch_in_which_nothing_counts_is_no_special_case(tiny_model: Callable[[str], str]) -> None:

@@ -103,6 +103,9 @@ class ModelConfig:
     """Computes activations again in the backward pass: much less memory for about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel. flash_attention_2 needs the package flash-attn and a GPU."""
+    packing: bool = True
+    """Leave padding out of what is computed, with sdpa and the usual architectures; others compute it. Results are the
+    same to rounding."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters; off unless rank is set."""
 

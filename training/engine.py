@@ -171,7 +171,7 @@ def _gathered(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     with deepspeed.zero.GatheredParameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
-        # The first one makes ranks compare notes at a forward: those that generate on would wait for those that have ended.
+        # The first one lets ranks compare notes at each forward: those that generate on would wait for the others.
         for hook in [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []

@@ -2,10 +2,20 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from training.data import Batch
-from training.logprobs import last_token_scores, token_entropy, token_logprobs, token_values
+from training.logprobs import (
+    choice_entropy,
+    choice_logprobs,
+    choices,
+    last_token_scores,
+    token_entropy,
+    token_logprobs,
+    token_values,
+)
+from training.packing import PackedBatch, packs
 
 
 def response_logprobs(
@@ -19,9 +29,14 @@ def response_logprobs(
         temperature: divides the logits, as in sampling.
         with_entropy: also the entropy of the distribution that each token was drawn from.
 
-    Returns: logprobs [batch, time] float32, 0 before the first column that holds a response token; entropy likewise,
-        or None.
+    Returns: logprobs [batch, time] float32, 0 outside of the response; entropy likewise, or None.
     """
+    if packs(model):
+        packed = PackedBatch(batch.input_ids, batch.attention_mask)
+        chosen, before = choices(batch.response_mask)
+        logits = model(**packed.inputs, logits_to_keep=packed.number_of(before), use_cache=False).logits[0]
+        own = packed.unpack(choice_logprobs(logits, batch.input_ids.flatten()[chosen], temperature), chosen)
+        return own, packed.unpack(choice_entropy(logits, temperature), chosen) if with_entropy else None
     columns = batch.response_mask.any(0)
     first = int(columns.int().argmax()) if columns.any() else columns.shape[0] - 1
     time = batch.input_ids.shape[1]
@@ -33,8 +48,13 @@ def response_logprobs(
         logits_to_keep=kept,
         use_cache=False,
     ).logits
-    logprobs = token_logprobs(logits, batch.input_ids, temperature)
-    return logprobs, token_entropy(logits, time, temperature) if with_entropy else None
+    logprobs = only_response(token_logprobs(logits, batch.input_ids, temperature), batch)
+    return logprobs, only_response(token_entropy(logits, time, temperature), batch) if with_entropy else None
+
+
+def only_response(values: Tensor, batch: Batch) -> Tensor:
+    """[batch, time] values, 0 outside of the response."""
+    return torch.where(batch.response_mask, values, 0.0)
 
 
 def critic_values(model: Any, batch: Batch) -> Tensor:

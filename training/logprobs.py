@@ -50,7 +50,28 @@ def token_entropy(logits: Tensor, time: int, temperature: float = 1.0) -> Tensor
     Returns: [batch, time] float32 (float64 for float64 logits); 0 where no logits were kept.
     """
     _check_logits(logits, logits.shape[0], time, temperature)
-    return _align(_TokenEntropy.apply(logits, temperature), time)
+    return _align(_TokenEntropy.apply(logits, logits.shape[1] - 1, temperature), time)
+
+
+def choices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of a mask stand, and where they were chosen: flat places [tokens] in [batch, time].
+
+    Not those of column 0, before which nothing stands.
+    """
+    chosen = F.pad(mask[:, 1:], (1, 0)).flatten().nonzero()[:, 0]
+    return chosen, chosen - 1
+
+
+def choice_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `token_logprobs`, [tokens] float32 from the [tokens, vocab] logits that each of `tokens` was chosen by."""
+    _check_temperature(temperature)
+    return _TokenLogprobs.apply(logits[None], tokens[None], temperature)[0]
+
+
+def choice_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `token_entropy`, [tokens] float32 from [tokens, vocab] logits."""
+    _check_temperature(temperature)
+    return _TokenEntropy.apply(logits[None], len(logits), temperature)[0]
 
 
 def token_values(position_values: Tensor) -> Tensor:
@@ -81,9 +102,13 @@ def _check_logits(logits: Tensor, batch: int, time: int, temperature: float) -> 
     """Number of kept positions, once the shapes are known to fit."""
     if logits.dim() != 3 or logits.shape[0] != batch or not 1 <= logits.shape[1] <= time:
         raise ValueError(f"logits are {tuple(logits.shape)}: [{batch}, kept, vocab] with kept from 1 to {time} needed")
+    _check_temperature(temperature)
+    return logits.shape[1]
+
+
+def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: log-probabilities need one above 0")
-    return logits.shape[1]
 
 
 def _align(kept_values: Tensor, time: int) -> Tensor:
@@ -95,16 +120,17 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _chunks(logits: Tensor, temperature: float, gradient: Tensor | None = None) -> Iterator[tuple[int, slice, Tensor]]:
-    """(row, positions, [positions, vocab] float32 logits / temperature), chunk by chunk.
+def _chunks(
+    logits: Tensor, count: int, temperature: float, gradient: Tensor | None = None
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """(row, positions, [positions, vocab] float32 logits / temperature) of the first `count` positions, in chunks.
 
-    Without the last position's logits: they predict the token after the sequence, which nobody asked for. Given a
-    [batch, kept - 1] gradient, a row is read from its first to its last entry that is not 0.
+    Behind them may be the last position's logits: they predict the token after the sequence, which nobody asked for.
+    Given a [batch, count] gradient, a row is read from its first to its last entry that is not 0.
     """
     floats = CHUNK_FLOATS_GPU if logits.is_cuda else CHUNK_FLOATS_CPU
     step = max(1, floats // logits.shape[-1])
-    batch, count = logits.shape[0], logits.shape[1] - 1
-    wanted = [[True] * count] * batch if gradient is None else (gradient != 0).tolist()
+    wanted = [[True] * count] * logits.shape[0] if gradient is None else (gradient != 0).tolist()
     for row, flags in enumerate(wanted):
         if not any(flags):
             continue
@@ -116,12 +142,12 @@ def _chunks(logits: Tensor, temperature: float, gradient: Tensor | None = None) 
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """[batch, kept, vocab] logits and [batch, kept - 1] targets -> [batch, kept - 1] log-probabilities."""
+    """[batch, kept, vocab] logits and [batch, count] targets of the first ones -> [batch, count] log-probabilities."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         logprobs = logits.new_empty(targets.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-        for row, positions, chunk in _chunks(logits, temperature):
+        for row, positions, chunk in _chunks(logits, targets.shape[1], temperature):
             chosen = chunk.log_softmax(dim=-1).gather(-1, targets[row, positions, None])
             logprobs[row, positions] = chosen.squeeze(-1)
         ctx.save_for_backward(logits, targets)
@@ -134,7 +160,7 @@ class _TokenLogprobs(torch.autograd.Function):
         """d logprob / d logits = (onehot(target) - softmax) / temperature"""
         logits, targets = ctx.saved_tensors
         logits_gradient = torch.zeros_like(logits)
-        for row, positions, chunk in _chunks(logits, ctx.temperature, gradient):
+        for row, positions, chunk in _chunks(logits, targets.shape[1], ctx.temperature, gradient):
             scale = gradient[row, positions, None] / ctx.temperature
             chunk_gradient = chunk.softmax(dim=-1).mul_(-scale)
             chunk_gradient.scatter_add_(-1, targets[row, positions, None], scale)
@@ -144,13 +170,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class _TokenEntropy(torch.autograd.Function):
-    """[batch, kept, vocab] logits -> [batch, kept - 1] entropies."""
+    """[batch, kept, vocab] logits -> [batch, count] entropies of the first positions."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
-        shape = (logits.shape[0], logits.shape[1] - 1)
+    def forward(ctx: Any, logits: Tensor, count: int, temperature: float) -> Tensor:
+        shape = (logits.shape[0], count)
         entropies = logits.new_empty(shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-        for row, positions, chunk in _chunks(logits, temperature):
+        for row, positions, chunk in _chunks(logits, count, temperature):
             entropies[row, positions] = _entropy(chunk).squeeze(-1)
         ctx.save_for_backward(logits)
         ctx.temperature = temperature
@@ -158,15 +184,15 @@ class _TokenEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """d entropy / d logits = -softmax * (log softmax + entropy) / temperature"""
         (logits,) = ctx.saved_tensors
         logits_gradient = torch.zeros_like(logits)
-        for row, positions, chunk in _chunks(logits, ctx.temperature, gradient):
+        for row, positions, chunk in _chunks(logits, gradient.shape[1], ctx.temperature, gradient):
             scale = gradient[row, positions, None] / ctx.temperature
             chunk_gradient = -chunk.softmax(dim=-1) * (_finite_log_softmax(chunk) + _entropy(chunk)) * scale
             logits_gradient[row, positions] = chunk_gradient.masked_fill_(scale == 0, 0.0)
-        return logits_gradient, None
+        return logits_gradient, None, None
 
 
 def _entropy(chunk: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from training.config import LoraConfig, ModelConfig
+from training.packing import PackedBatch, let_pack, packs
 
 # Every rank would print its own bars and notes; what matters of them, missing weights, is checked here.
 transformers_logging.disable_progress_bar()
@@ -64,8 +65,15 @@ class ScalarModel(nn.Module):
         self.bias = bias
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[batch, time] float32: the normalised score after each position of `input_ids` [batch, time]."""
+        """[batch, time] float32: the normalised score after each position of `input_ids` [batch, time].
+
+        What it is in padding is undefined.
+        """
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if packs(model):
+            packed = PackedBatch(input_ids, attention_mask)
+            hidden = model.base_model(**packed.inputs, use_cache=False).last_hidden_state[0]
+            return packed.unpack(self.gain * model.score(hidden)[:, 0] + self.bias)
         hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return self.gain * model.score(hidden.last_hidden_state)[..., 0] + self.bias
 
@@ -231,6 +239,8 @@ def _load_weights(
             f"{_few(unexpected)}, of another shape {_few(reshaped)}. Give a folder written by save_pretrained for "
             "this architecture"
         )
+    if config.packing:
+        let_pack(model)
     return model
 
 

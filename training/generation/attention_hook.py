@@ -7,25 +7,14 @@ trained, with no second copy of the model.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
+from training.packing import AttentionRule
+
 NAME = "rollout"
-
-
-@dataclass(frozen=True)
-class AttentionRule:
-    """How a layer attends."""
-
-    scaling: float | None = None
-    """Of the products of queries and keys; None for 1 / sqrt(head_dim)."""
-    sliding_window: int | None = None
-    """How many tokens are seen, the own one included; None for all."""
-    softcap: float | None = None
-    """Bound of the scaled products, softcap * tanh(product / softcap); None for none."""
 
 
 class AttentionCache(Protocol):

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from training.generation.attention_hook import AttentionRule
+from training.packing import AttentionRule, SideBySide, additive, attention
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,7 @@ class KvCache(ABC):
         device = tokens.lengths.device
         self._places = torch.cat([self._places, torch.cat(places).to(device)])
         self._stored = torch.cat([torch.arange(tokens.decoding), *stored]).to(device)
-        # Prompts side by side, padded on the right, which causal attention never looks at.
-        column = torch.arange(int(lengths.max()))
-        self._side_by_side = (starts[:, None] + column.minimum(lengths[:, None] - 1)).to(device)
-        self._real = (column < lengths[:, None]).flatten().nonzero()[:, 0].to(device)
+        self._prompts = SideBySide(lengths, device)
 
     def attend(
         self,
@@ -135,22 +131,8 @@ class KvCache(ABC):
             rows = query[:, :count].transpose(0, 1)
             parts.append(self.attend_rows(*self.layers[layer], rows, self._tokens.lengths, rule))
         if self._tokens.prompts:
-            parts.append(self._attend_prompts(query[:, count:], key[:, count:], value[:, count:], rule))
+            parts.append(self._prompts.attend(query[:, count:], key[:, count:], value[:, count:], rule))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _attend_prompts(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rule: AttentionRule,
-    ) -> Tensor:
-        group = query.shape[0] // key.shape[0]
-        query = query[:, self._side_by_side].transpose(0, 1)  # [prompts, heads, longest, head_dim]
-        key, value = (part[:, self._side_by_side].transpose(0, 1).repeat_interleave(group, 1) for part in (key, value))
-        mask = causal_mask(query.shape[2], rule.sliding_window, query.device)
-        attended = attention(query, key, value, mask, rule)
-        return attended.transpose(1, 2).flatten(0, 1)[self._real]
 
     @property
     @abstractmethod
@@ -237,30 +219,3 @@ def row_mask(lengths: Tensor, width: int, sliding_window: int | None) -> Tensor:
     if sliding_window is not None:
         mask &= position > lengths[:, None] - sliding_window
     return mask
-
-
-def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """[length, length] bool, true where a token (row) looks; None where every earlier token is seen."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    return (distance >= 0) & (distance < sliding_window)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a mask is true, else minus infinity: attention would make this of it at every layer."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:
-    """[batch, heads, queries, head_dim]; a mask is bool or additive, and without one it is causal."""
-    if rule.softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=rule.scaling)
-    scale = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
-    products = rule.softcap * torch.tanh((query @ key.transpose(-1, -2)).float() * scale / rule.softcap)
-    if mask is None:
-        mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if mask.dtype == torch.bool:
-        mask = additive(mask, torch.float32)
-    return (products + mask).softmax(-1).to(value.dtype) @ value

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.generation.attention_hook import AttentionCache, AttentionRule
+from training.generation.attention_hook import AttentionCache
+from training.packing import AttentionRule
 
 # All of them: RMSNorm, attention with rotary positions, residual; RMSNorm, gated MLP, residual.
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}

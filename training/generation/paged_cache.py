@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from training.generation.attention_hook import AttentionRule
-from training.generation.kv_cache import KvCache, additive, attention, row_mask
+from training.generation.kv_cache import KvCache, row_mask
+from training.packing import AttentionRule, additive, attention
 
 PAGE_TOKENS = 64
 
