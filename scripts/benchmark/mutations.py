@@ -3,11 +3,12 @@
 # Which tests to ask when a file is broken: those of the file first, and whole runs on two ranks last.
 TESTS: dict[str, tuple[str, ...]] = {
     "training/masking.py": ("test_masking.py", "test_losses.py", "test_rewards.py", "test_ppo.py"),
-    "training/logprobs.py": ("test_logprobs.py", "test_forward.py", "test_ppo.py"),
+    "training/logprobs.py": ("test_logprobs.py", "test_forward.py", "test_packing.py", "test_ppo.py"),
     "training/advantages.py": ("test_advantages.py", "test_ppo.py"),
     "training/losses.py": ("test_losses.py", "test_ppo.py"),
     "training/rewards.py": ("test_rewards.py", "test_ppo.py"),
-    "training/forward.py": ("test_forward.py", "test_ppo.py"),
+    "training/forward.py": ("test_forward.py", "test_packing.py", "test_ppo.py"),
+    "training/packing.py": ("test_packing.py", "test_forward.py"),
     "training/tokenization.py": ("test_data.py", "test_models.py"),
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
     "training/models.py": ("test_models.py", "test_checkpoint.py", "test_ppo.py"),
@@ -58,6 +59,14 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         "log-probabilities forget the temperature": (
             "_TokenLogprobs.apply(logits, targets, temperature)",
             "_TokenLogprobs.apply(logits, targets, 1.0)",
+        ),
+        "packed log-probabilities forget the temperature": (
+            "_TokenLogprobs.apply(logits[None], tokens[None], temperature)",
+            "_TokenLogprobs.apply(logits[None], tokens[None], 1.0)",
+        ),
+        "a packed log-probability is taken at the token's own position": (
+            "return chosen, chosen - 1",
+            "return chosen, chosen",
         ),
         "log-probabilities of a 16-bit model are computed in 16 bits": (
             "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))",
@@ -135,6 +144,21 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         "the logits that choose the first response token are left out": (
             "kept = min(time, time - first + 1)",
             "kept = time - first",
+        ),
+    },
+    "training/packing.py": {
+        "positions count on from one packed row to the next": (
+            "(real.cumsum(1) - 1).flatten()",
+            "(real.flatten().cumsum(0) - 1)",
+        ),
+        "packed tokens see what follows them": ("is_causal=mask is None", "is_causal=False"),
+        "the sliding window of packed rows is one token too long": (
+            "(distance < sliding_window)",
+            "(distance <= sliding_window)",
+        ),
+        "a packed model's attention keeps its own scale": (
+            'AttentionRule(options.get("scaling"),',
+            "AttentionRule(1.0,",
         ),
     },
     "training/tokenization.py": {
