@@ -458,6 +458,21 @@ def test_rows_are_rounded_up_to_a_captured_number(rows: int, bucket: int) -> Non
     assert bucket_of(rows, slots=100) == bucket
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "pages"])
+def test_a_rollout_that_was_cut_short_leaves_nothing_behind(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, paged: bool
+) -> None:
+    model = load(tiny_model("llama"))
+    sampling = SamplingConfig(max_new_tokens=8)
+    generator = native(model, paged=paged)
+    expected = generator.generate(PROMPTS, sampling, SEEDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generator.generate(PROMPTS, sampling, SEEDS)
+    assert_same(generator.generate(PROMPTS, sampling, SEEDS), expected)
+
+
 def test_memory_is_kept_between_calls_until_sleep(tiny_model: TinyModel) -> None:
     model = load(tiny_model("llama"))
     sampling = SamplingConfig(max_new_tokens=8)

@@ -105,10 +105,11 @@ class NativeGenerator:
     ) -> list[Completion]:
         wanted = min(self.batch_size, len(prompt_ids))
         capacity = max(len(ids) + limit for ids, limit in zip(prompt_ids, limits, strict=True))
-        if self.decoder is None or not self.decoder.serves(module, wanted, capacity, sampling):
-            self.decoder = None  # its memory is free before the new one's is taken
-            self.decoder = self._new_decoder(module, wanted, capacity, sampling)
-        decoder = self.decoder
+        # Put back at the end: a rollout that was cut short leaves it in disorder.
+        decoder, self.decoder = self.decoder, None
+        if decoder is None or not decoder.serves(module, wanted, capacity, sampling):
+            del decoder  # its memory is free before the new one's is taken
+            decoder = self._new_decoder(module, wanted, capacity, sampling)
         rollout = _Rollout(decoder, prompt_ids, seeds, limits, self.steps_unseen)
         with attention_through(module, decoder.cache), lean_layers(module, decoder.cache, wanted):
             while rollout.unfinished:
@@ -120,8 +121,8 @@ class NativeGenerator:
             "rollout/kv_cache_gib": decoder.cache.num_bytes / 2**30,
             "rollout/kv_cache_peak": decoder.cache.peak_share,
         }
-        if not self.keep_cache:
-            self.sleep()
+        if self.keep_cache:
+            self.decoder = decoder
         return [rollout.completions[row] for row in range(len(prompt_ids))]
 
     def _new_decoder(self, module: Any, wanted: int, capacity: int, sampling: SamplingConfig) -> Decoder:
