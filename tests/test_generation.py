@@ -21,6 +21,7 @@ from training.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from training.data import collate
 from training.engine import backward_and_step, generation_mode, train_engine
 from training.forward import response_logprobs
+from training.generation import native as native_module
 from training.generation.attention_hook import attention_through
 from training.generation.backends import GENERATORS
 from training.generation.decoder import Decoder, bucket_of, flat_forward
@@ -384,6 +385,36 @@ def test_a_step_is_captured_once_for_each_number_of_rows(
     model.model.norm.weight.data = model.model.norm.weight.data.clone()
     assert_same(generator.generate(asked, sampling, seeds, limits), changed)
     assert graphs.captured == [12, 8, 12, 8]
+
+
+def test_a_captured_step_may_have_rows_that_have_not_begun(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for 3 of 12 rows: they fill up to a bucket of 8."""
+    model = load(tiny_model("llama"))
+    asked, seeds, sampling = prompts(*range(3, 15), seed=3), list(range(12)), SamplingConfig(max_new_tokens=8)
+    expected = native(model, batch_size=12).generate(asked, sampling, seeds)
+    generator = native(model, batch_size=12, paged=True, steps_unseen=3, cache_gib=3 * 64 * 256 / 2**30)
+    captured = []
+
+    def with_graphs(*arguments: Any) -> Decoder:
+        decoder = Decoder(*arguments)
+        captured.append(GraphsOfTheCpu(monkeypatch, decoder).captured)
+        return decoder
+
+    monkeypatch.setattr(native_module, "Decoder", with_graphs)
+    assert_same(generator.generate(asked, sampling, seeds), expected)
+    assert captured == [[8]]
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["slots", "pages"])
+def test_a_row_that_is_done_stays_within_its_memory(tiny_model: TinyModel, paged: bool) -> None:
+    """It draws on until the next look, here with a row behind which there is no memory at all."""
+    model = load(tiny_model("llama"))
+    asked, limits, sampling = prompts(3, 60, seed=7), [16, 4], SamplingConfig(max_new_tokens=16)
+    expected = native(model).generate(asked, sampling, [1, 2], limits)
+    unseen = native(model, paged=paged, steps_unseen=5)
+    assert_same(unseen.generate(asked, sampling, [1, 2], limits), expected)
 
 
 def test_a_step_that_cannot_be_captured_runs_without(

@@ -228,7 +228,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             'STATE = ("tokens", "logprobs", "uniforms",',
             'STATE = ("tokens", "logprobs",',
         ),
-        "what a done row draws may still finish it": ("running & self._at_an_end(rows)", "self._at_an_end(rows)"),
+        "a row that has not begun is asked for its newest token": ("(drawn - 1).clamp(min=0)", "drawn - 1"),
     },
     "training/generation/hf.py": {
         "positions count the padding on the left": (

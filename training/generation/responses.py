@@ -56,13 +56,14 @@ class Responses:
         self.tokens[:rows].scatter_(1, column, tokens[:, None])
         self.logprobs[:rows].scatter_(1, column, logprobs[:, None])
         drawn += running
-        self.finished[:rows] |= running & self._at_an_end(rows)
+        self.finished[:rows] |= self._at_an_end(rows)
         return tokens
 
     def _at_an_end(self, rows: int) -> Tensor:
         """[rows] bool: whether the newest token is EOS or the last one of a stop sequence."""
         tokens, drawn = self.tokens[:rows], self.drawn[:rows, None]
-        found = (tokens.gather(1, drawn - 1) == self._eos_ids).any(1)
+        # A row that has not begun has no newest token, and does not mind what is found.
+        found = (tokens.gather(1, (drawn - 1).clamp(min=0)) == self._eos_ids).any(1)
         for sequence in self._stops:
             columns = drawn - len(sequence) + torch.arange(len(sequence), device=drawn.device)
             same = (tokens.gather(1, columns.clamp(min=0)) == sequence) & (columns >= 0)
