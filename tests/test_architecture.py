@@ -26,6 +26,7 @@ LAYERS = (
         "advantages",
         "losses",
         "packing",
+        "attention",
         "rewards",
     },
     {"tokenization", "examples", "data", "models", "optim", "metrics", "forward"},

@@ -314,7 +314,7 @@ def test_a_step_with_pages_reads_nothing_back_from_the_device(tiny_model: TinyMo
         decoder = Decoder(model, cache, Responses(4, sampling, endings, torch.device("cpu")), 40)
         with torch.no_grad(), attention_through(model, cache), lean_layers(model, cache, 4):
             assert cache.admit(0, 3, 8, None)
-            decoder.start(0, [1], [8])
+            decoder.responses.start(0, [1], [8])
             decoder.read(0, [(PROMPTS[0], [0])])
             # Tensors without numbers: what asks for one raises.
             with FakeTensorMode(allow_non_fake_inputs=True):

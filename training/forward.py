@@ -21,7 +21,7 @@ from training.packing import PackedBatch, packs
 def response_logprobs(
     model: Any, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each token, computed from the first response token of the batch on.
+    """Log-probability of each token of the responses.
 
     Args:
         model: a causal LM or its DeepSpeed engine.

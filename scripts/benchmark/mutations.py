@@ -9,6 +9,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/rewards.py": ("test_rewards.py", "test_ppo.py"),
     "training/forward.py": ("test_forward.py", "test_packing.py", "test_ppo.py"),
     "training/packing.py": ("test_packing.py", "test_forward.py"),
+    "training/attention.py": ("test_packing.py", "test_generation.py"),
     "training/tokenization.py": ("test_data.py", "test_models.py"),
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
     "training/models.py": ("test_models.py", "test_checkpoint.py", "test_ppo.py"),
@@ -151,14 +152,16 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "(real.cumsum(1) - 1).flatten()",
             "(real.flatten().cumsum(0) - 1)",
         ),
+        "a packed model's attention keeps its own scale": (
+            'AttentionRule(options.get("scaling"),',
+            "AttentionRule(1.0,",
+        ),
+    },
+    "training/attention.py": {
         "packed tokens see what follows them": ("is_causal=mask is None", "is_causal=False"),
         "the sliding window of packed rows is one token too long": (
             "(distance < sliding_window)",
             "(distance <= sliding_window)",
-        ),
-        "a packed model's attention keeps its own scale": (
-            'AttentionRule(options.get("scaling"),',
-            "AttentionRule(1.0,",
         ),
     },
     "training/tokenization.py": {
@@ -260,12 +263,12 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "training/generation/kv_cache.py": {
         "a new token does not look at itself": (
-            "mask = position <= lengths[:, None]",
-            "mask = position < lengths[:, None].clamp(min=1)",
+            "mask = position < seen[:, None]",
+            "mask = position < (seen[:, None] - 1).clamp(min=1)",
         ),
         "the sliding window is one token too long": (
-            "mask &= position > lengths[:, None] - sliding_window",
-            "mask &= position >= lengths[:, None] - sliding_window",
+            "mask &= position >= seen[:, None] - sliding_window",
+            "mask &= position >= seen[:, None] - sliding_window - 1",
         ),
         "a row that moves leaves its last token behind": (
             "rows[slot, :length] = rows[last, :length]",
@@ -278,7 +281,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "training/generation/paged_cache.py": {
         "the page where a prompt ends is shared": (
-            "self._pages[twin][: prompt_tokens // PAGE_TOKENS]",
+            "self._pages[twin][: pages_of(self.shared_tokens(prompt_tokens))]",
             "self._pages[twin][: pages_of(prompt_tokens)]",
         ),
         "a page is free while another row holds it": ("if not self._shared[page]:", "if True:"),

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface
 
-from training.packing import AttentionRule
+from training.attention import AttentionRule, configs_of
 
 NAME = "rollout"
 
@@ -31,18 +31,17 @@ def attention_through(module: nn.Module, cache: AttentionCache) -> Iterator[None
     """Every attention layer of `module` calls `cache.attend` inside this context."""
     global _cache
     assert _cache is None, "one module decodes at a time"
-    own = (getattr(part, "config", None) for part in module.modules())
-    configs = {id(config): config for config in own if isinstance(config, PretrainedConfig)}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    configs = configs_of(module)
+    before = [config._attn_implementation for config in configs]
     _cache = cache
-    for config in configs.values():
+    for config in configs:
         config._attn_implementation = NAME
     try:
         yield
     finally:
         _cache = None
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def _attend(

@@ -50,9 +50,11 @@ class Decoder:
             and self.responses.sampling == sampling
         )
 
-    def start(self, first: int, seeds: Sequence[int], limits: Sequence[int]) -> None:
-        """Begin new responses in the slots from `first` on."""
-        self.responses.start(first, seeds, limits)
+    def begin(self) -> None:
+        """Before a rollout: weights that have moved since the last one take their graphs along."""
+        weights = [parameter.data_ptr() for parameter in self.module.parameters()]
+        if weights != self.weights:
+            self.graphs, self.weights = {}, weights
 
     def read(self, decoding: int, prompts: Sequence[tuple[list[int], Sequence[int]]]) -> None:
         """One step of the first `decoding` rows, and the first token of rows that follow them.
@@ -68,9 +70,6 @@ class Decoder:
     def decode(self, rows: int, steps: int) -> None:
         """So many steps of the first `rows` rows; those that end meanwhile stay as they are."""
         bucket = bucket_of(rows, self.slots)
-        weights = [parameter.data_ptr() for parameter in self.module.parameters()] if self.captures else []
-        if weights != self.weights:
-            self.graphs, self.weights = {}, weights
         for _ in range(steps):
             if not self.captures:
                 self._step(rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.packing import AttentionRule, SideBySide, additive, attention
+from training.attention import AttentionRule, SideBySide, additive, attention
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,20 @@ class KvCache(ABC):
         """[tokens] long, on the CPU: where a row's tokens at `positions` are."""
 
     @abstractmethod
-    def first_own(self, slot: int) -> int:
-        """Position of the first token that the row does not share with a twin."""
+    def shared_tokens(self, prompt_tokens: int) -> int:
+        """How many first tokens of such a prompt are stored once for all rows that are admitted with it."""
 
     @abstractmethod
-    def attend_rows(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        query: Tensor,
-        lengths: Tensor,
-        rule: AttentionRule,
-    ) -> Tensor:
-        """[rows, heads, head_dim] queries of the newest tokens, stored already -> the same shape.
+    def attend_rows(self, keys: Tensor, values: Tensor, query: Tensor, seen: Tensor, rule: AttentionRule) -> Tensor:
+        """Attend from the newest token of each row, which is stored already.
 
-        `lengths` does not count the newest token.
+        Args:
+            keys, values: [places, kv_heads, head_dim], the layer's memory.
+            query: [rows, heads, head_dim].
+            seen: [rows] int32, tokens of each row, the newest one included.
+            rule: how the layer attends.
+
+        Returns: [rows, heads, head_dim].
         """
 
     def begin(self, tokens: FlatTokens) -> None:
@@ -82,6 +81,8 @@ class KvCache(ABC):
         # Where tokens go, and which ones go there; None for all in their order.
         self._places = self.decoding_places(tokens.lengths)
         self._stored: Tensor | None = None
+        self._seen = (tokens.lengths + 1).int()
+        self._masks: dict[int | None, Tensor] = {}
         if not tokens.prompts:
             return
         places, stored = [], []
@@ -89,7 +90,7 @@ class KvCache(ABC):
         starts = lengths.cumsum(0) - lengths
         for start, (length, slots) in zip(starts.tolist(), tokens.prompts, strict=True):
             for slot in slots:
-                positions = torch.arange(self.first_own(slot), length)
+                positions = torch.arange(0 if slot == slots[0] else self.shared_tokens(length), length)
                 places.append(self.prompt_places(slot, positions))
                 stored.append(tokens.decoding + start + positions)
         device = tokens.lengths.device
@@ -97,14 +98,7 @@ class KvCache(ABC):
         self._stored = torch.cat([torch.arange(tokens.decoding), *stored]).to(device)
         self._prompts = SideBySide(lengths, device)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rule: AttentionRule,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """Store the new keys and values and attend from each token to its own row up to itself.
 
         Args:
@@ -129,10 +123,20 @@ class KvCache(ABC):
         parts = []
         if count:
             rows = query[:, :count].transpose(0, 1)
-            parts.append(self.attend_rows(*self.layers[layer], rows, self._tokens.lengths, rule))
+            parts.append(self.attend_rows(*self.layers[layer], rows, self._seen, rule))
         if self._tokens.prompts:
             parts.append(self._prompts.attend(query[:, count:], key[:, count:], value[:, count:], rule))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def attend_laid_out(self, keys: Tensor, values: Tensor, query: Tensor, seen: Tensor, rule: AttentionRule) -> Tensor:
+        """As `attend_rows`, where rows lie side by side: keys and values are [rows, width, kv_heads, head_dim]."""
+        if rule.sliding_window not in self._masks:  # the same for all layers
+            mask = row_mask(seen, keys.shape[1], rule.sliding_window)
+            self._masks[rule.sliding_window] = additive(mask, query.dtype)[:, None, None]
+        # Heads that share keys stand where several queries of one head would: nothing is repeated.
+        grouped = query.reshape(query.shape[0], keys.shape[2], -1, query.shape[2])
+        mask = self._masks[rule.sliding_window]
+        return attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, rule).reshape(query.shape)
 
     @property
     @abstractmethod
@@ -157,7 +161,6 @@ class SlotCache(KvCache):
         super().__init__(slots * capacity)
         self.slots, self.capacity = slots, capacity
         self._most_used = 0
-        self._masks: dict[int | None, Tensor] = {}
 
     @property
     def peak_share(self) -> float:
@@ -176,46 +179,26 @@ class SlotCache(KvCache):
             rows[slot, :length] = rows[last, :length]
 
     def decoding_places(self, lengths: Tensor) -> Tensor:
-        self._masks = {}
         return torch.arange(lengths.shape[0], device=lengths.device) * self.capacity + lengths
 
     def prompt_places(self, slot: int, positions: Tensor) -> Tensor:
         return slot * self.capacity + positions
 
-    def first_own(self, slot: int) -> int:
+    def shared_tokens(self, prompt_tokens: int) -> int:
         return 0
 
-    def attend_rows(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        query: Tensor,
-        lengths: Tensor,
-        rule: AttentionRule,
-    ) -> Tensor:
-        """See `KvCache.attend_rows`."""
-        count, shape = query.shape[0], query.shape
-        mask = self._mask(lengths, rule.sliding_window, query.dtype)
+    def attend_rows(self, keys: Tensor, values: Tensor, query: Tensor, seen: Tensor, rule: AttentionRule) -> Tensor:
+        longest = int(seen.max())
         seen_keys, seen_values = (
-            memory.unflatten(0, (self.slots, self.capacity))[:count, : mask.shape[-1]].transpose(1, 2)
-            for memory in (keys, values)
+            memory.unflatten(0, (self.slots, self.capacity))[: len(seen), :longest] for memory in (keys, values)
         )
-        # Heads that share keys stand where several queries of one head would: nothing is repeated.
-        grouped = query.reshape(count, keys.shape[1], -1, shape[2])
-        return attention(grouped, seen_keys, seen_values, mask, rule).reshape(shape)
-
-    def _mask(self, lengths: Tensor, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """As `row_mask`, [rows, 1, 1, longest], made once for all layers."""
-        if sliding_window not in self._masks:
-            mask = row_mask(lengths, int(lengths.max()) + 1, sliding_window)
-            self._masks[sliding_window] = additive(mask, dtype)[:, None, None]
-        return self._masks[sliding_window]
+        return self.attend_laid_out(seen_keys, seen_values, query, seen, rule)
 
 
-def row_mask(lengths: Tensor, width: int, sliding_window: int | None) -> Tensor:
-    """[rows, width] bool: where the newest token of each row, which is its `lengths`-th, looks."""
-    position = torch.arange(width, device=lengths.device)
-    mask = position <= lengths[:, None]
+def row_mask(seen: Tensor, width: int, sliding_window: int | None) -> Tensor:
+    """[rows, width] bool: where the newest token of each row looks, given [rows] tokens with the newest one."""
+    position = torch.arange(width, device=seen.device)
+    mask = position < seen[:, None]
     if sliding_window is not None:
-        mask &= position > lengths[:, None] - sliding_window
+        mask &= position >= seen[:, None] - sliding_window
     return mask

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.attention import AttentionRule
 from training.generation.attention_hook import AttentionCache
-from training.packing import AttentionRule
 
 # All of them: RMSNorm, attention with rotary positions, residual; RMSNorm, gated MLP, residual.
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -76,13 +76,7 @@ def _lean(layer: Any, cache: AttentionCache, rows: int) -> Callable[..., Tensor]
             query, key = turning.split(heads[:2], dim=1)
             turning = torch.cat([query_norm(query), key_norm(key)], dim=1)
         query, key = _rotated(turning, *position_embeddings).split(heads[:2], dim=1)
-        attended = cache.attend(
-            layer_idx,
-            query.transpose(0, 1),
-            key.transpose(0, 1),
-            value.transpose(0, 1),
-            rule,
-        )
+        attended = cache.attend(layer_idx, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), rule)
         hidden = hidden + out(attended.flatten(1)[None])
         gate, up = gate_up(layer.post_attention_layernorm(hidden)).chunk(2, dim=-1)
         return hidden + down(mlp.act_fn(gate) * up)

@@ -110,6 +110,7 @@ class NativeGenerator:
         if decoder is None or not decoder.serves(module, wanted, capacity, sampling):
             del decoder  # its memory is free before the new one's is taken
             decoder = self._new_decoder(module, wanted, capacity, sampling)
+        decoder.begin()
         rollout = _Rollout(decoder, prompt_ids, seeds, limits, self.steps_unseen)
         with attention_through(module, decoder.cache), lean_layers(module, decoder.cache, wanted):
             while rollout.unfinished:
@@ -178,7 +179,9 @@ class _Rollout:
         prompts = self._admit()
         if prompts:
             rows = self.running[decoding:]
-            self.decoder.start(decoding, [self.seeds[row] for row in rows], [self.limits[row] for row in rows])
+            self.decoder.responses.start(
+                decoding, [self.seeds[row] for row in rows], [self.limits[row] for row in rows]
+            )
             self.decoder.read(decoding, prompts)
         else:
             self.decoder.decode(decoding, self.steps_unseen)

@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from training.generation.kv_cache import KvCache, row_mask
-from training.packing import AttentionRule, additive, attention
+from training.attention import AttentionRule
+from training.generation.kv_cache import KvCache
 
 PAGE_TOKENS = 64
 
@@ -34,7 +34,6 @@ class PagedCache(KvCache):
         self._most_used = 0
         self._shared = Counter[int]()  # rows that hold a page
         self._pages: list[list[int]] = []  # by slot
-        self._first_own: list[int] = []
         # Page 0 is where a row of no slot writes.
         self._table = torch.zeros(slots, pages_of(capacity), dtype=torch.int32, device=device)
 
@@ -43,7 +42,7 @@ class PagedCache(KvCache):
         return self._most_used / self.num_pages
 
     def admit(self, slot: int, prompt_tokens: int, limit: int, twin: int | None) -> bool:
-        shared = [] if twin is None else self._pages[twin][: prompt_tokens // PAGE_TOKENS]
+        shared = [] if twin is None else self._pages[twin][: pages_of(self.shared_tokens(prompt_tokens))]
         needed = pages_of(prompt_tokens + limit) - len(shared)
         if slot >= self._table.shape[0] or needed > len(self.free):
             return False
@@ -51,7 +50,6 @@ class PagedCache(KvCache):
         pages = shared + [self.free.pop() for _ in range(needed)]
         self._shared.update(pages)
         self._pages.append(pages)
-        self._first_own.append(len(shared) * PAGE_TOKENS)
         self._write_table(slot)
         self._most_used = max(self._most_used, self.num_pages - len(self.free))
         return True
@@ -62,8 +60,8 @@ class PagedCache(KvCache):
             self._shared[page] -= 1
             if not self._shared[page]:
                 self.free.append(page)
-        self._pages[slot], self._first_own[slot] = self._pages[last], self._first_own[last]
-        self._pages.pop(), self._first_own.pop()
+        self._pages[slot] = self._pages[last]
+        self._pages.pop()
         self._table[last] = 0
         if slot < last:
             self._write_table(slot)
@@ -80,17 +78,10 @@ class PagedCache(KvCache):
         pages = torch.tensor(self._pages[slot])
         return pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
 
-    def first_own(self, slot: int) -> int:
-        return self._first_own[slot]
+    def shared_tokens(self, prompt_tokens: int) -> int:
+        return prompt_tokens // PAGE_TOKENS * PAGE_TOKENS
 
-    def attend_rows(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        query: Tensor,
-        lengths: Tensor,
-        rule: AttentionRule,
-    ) -> Tensor:
+    def attend_rows(self, keys: Tensor, values: Tensor, query: Tensor, seen: Tensor, rule: AttentionRule) -> Tensor:
         """See `KvCache.attend_rows`. On a GPU one kernel reads the pages; elsewhere they are put side by side."""
         key_pages, value_pages = (memory.unflatten(0, (-1, PAGE_TOKENS)) for memory in (keys, values))
         table = self._table[: query.shape[0]]
@@ -103,16 +94,13 @@ class PagedCache(KvCache):
                 key_pages,
                 value_pages,
                 table,
-                (lengths + 1).int(),
+                seen,
                 scaling=rule.scaling,
                 sliding_window=rule.sliding_window,
                 softcap=rule.softcap,
             )
-        # [rows, kv_heads, tokens, head_dim]
-        key, value = (pages[table].flatten(1, 2).transpose(1, 2) for pages in (key_pages, value_pages))
-        mask = additive(row_mask(lengths, key.shape[2], rule.sliding_window), query.dtype)
-        grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[2])
-        return attention(grouped, key, value, mask[:, None, None], rule).reshape(query.shape)
+        row_keys, row_values = (pages[table].flatten(1, 2) for pages in (key_pages, value_pages))
+        return self.attend_laid_out(row_keys, row_values, query, seen, rule)
 
 
 def pages_of(tokens: int) -> int:
