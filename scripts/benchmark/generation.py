@@ -4,16 +4,13 @@ Every backend draws responses of the same forced lengths to the same prompts, in
 `--model FOLDER` or `--shape 1b`; `--output FILE` keeps all figures as JSON.
 """
 
-import json
 import math
 import random
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
-from pathlib import Path
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -21,11 +18,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from scripts.benchmark.backends import BACKENDS, Run, Workload
-from scripts.benchmark.ceilings import Ceilings, PeakMemory, device_name, measure_ceilings
+from scripts.benchmark.ceilings import Ceilings, PeakMemory, measure_ceilings
 from scripts.benchmark.costs import SHAPES, Cost, DecoderShape, rollout_costs
-from scripts.summary import describe_device, git_commit, installed_version
+from scripts.benchmark.reporting import circumstances, run_and_keep
 from training.config import check_range
-from training.config_files import as_plain, load_config
+from training.config_files import load_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BASELINE = "generate-dynamic"
@@ -162,11 +159,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         bytes_per_second=ceilings.bytes_per_second,
     )
     result = {
-        "command": shlex.join(["python", "-m", "scripts.benchmark.generation", *sys.argv[1:]]),
-        "device": {"name": device_name(device), "threads": torch.get_num_threads(), **describe_device()},
-        "versions": {name: installed_version(name) for name in ("torch", "transformers")},
-        "commit": git_commit(),
-        "config": as_plain(config),
+        **circumstances("scripts.benchmark.generation", config, device, ("torch", "transformers")),
         "model": {"architecture": model.config.model_type, "parameters": parameters, **asdict(shape)},
         "workload": {
             "prompt_tokens": [len(ids) for ids in workload.prompt_ids],
@@ -296,15 +289,7 @@ def main() -> None:
     config = load_config(BenchmarkConfig)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        result = run(config)
-    except (OSError, ValueError) as error:  # OSError is how transformers says that there is no such model
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    if config.output is not None:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    run_and_keep(partial(run, config), config.output)
 
 
 if __name__ == "__main__":

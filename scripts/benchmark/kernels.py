@@ -4,15 +4,13 @@ Compiling needs no GPU: it tells each kernel's registers, what of them does not 
 shared memory. `--output FILE` keeps all figures as JSON.
 """
 
-import json
 import math
 import re
-import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scripts.benchmark.ceilings import best_seconds, device_name, stream_rates
-from scripts.summary import describe_device, git_commit, installed_version
+from scripts.benchmark.ceilings import best_seconds, stream_rates
+from scripts.benchmark.reporting import circumstances, run_and_keep
 from training.config import check_range
-from training.config_files import as_plain, load_config
+from training.config_files import load_config
 from training.generation.interface import SamplingConfig
 from training.generation.paged_attention_kernel import (
     attend_constants,
@@ -283,11 +281,7 @@ def run(config: KernelsConfig) -> dict[str, Any]:
     else:
         print("\nno GPU: nothing is timed")
     return {
-        "command": shlex.join(["python", "-m", "scripts.benchmark.kernels", *sys.argv[1:]]),
-        "device": {"name": device_name(device), **describe_device()},
-        "versions": {name: installed_version(name) for name in ("torch", "triton")},
-        "commit": git_commit(),
-        "config": as_plain(config),
+        **circumstances("scripts.benchmark.kernels", config, device, ("torch", "triton")),
         "target": "sm_90",
         "kernels": kernels,
         "timed": timed,
@@ -308,15 +302,7 @@ def print_times(timed: Mapping[str, Any]) -> None:
 
 def main() -> None:
     config = load_config(KernelsConfig)
-    try:
-        result = run(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    if config.output is not None:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    run_and_keep(partial(run, config), config.output)
 
 
 if __name__ == "__main__":
