@@ -14,12 +14,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from training.accounting import gemm_flops_per_second
+
 T = TypeVar("T")
 
 # Larger than the caches of any machine.
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**32}
-# Where larger products are no faster.
-GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+# Width and height of the weights that rows stream through.
+WEIGHT_SIZE = {"cpu": 2048, "cuda": 8192}
 SAMPLE_SECONDS = 0.005
 
 
@@ -65,7 +67,7 @@ def stream_rates(device: torch.device) -> tuple[float, float]:
 
 def gemm_rates(device: torch.device, dtype: torch.dtype, batch_size: int) -> tuple[float, float]:
     """FLOP/s of a large square product, and of `batch_size` rows with one such matrix after the other."""
-    size = GEMM_SIZE[device.type]
+    size = WEIGHT_SIZE[device.type]
     square = torch.randn(size, size, device=device).to(dtype)
     weights = [square.clone() for _ in range(max(1, STREAM_BYTES[device.type] // square.nbytes))]
     rows = torch.randn(batch_size, size, device=device).to(dtype)
@@ -73,8 +75,8 @@ def gemm_rates(device: torch.device, dtype: torch.dtype, batch_size: int) -> tup
     def stream_weights() -> Tensor:
         return [torch.nn.functional.linear(rows, weight) for weight in weights][-1]
 
-    square_rate = 2 * size**3 / best_seconds(device, lambda: square @ square)
-    return square_rate, 2 * batch_size * size**2 * len(weights) / best_seconds(device, stream_weights)
+    streamed = 2 * batch_size * size**2 * len(weights) / best_seconds(device, stream_weights)
+    return gemm_flops_per_second(device, dtype), streamed
 
 
 def best_seconds(device: torch.device, operation: Callable[[], Tensor], tries: int = 4) -> float:

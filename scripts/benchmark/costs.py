@@ -1,9 +1,14 @@
-"""What a rollout must compute and read, counted from its true lengths: the floor that every backend is held against."""
+"""The least time of a rollout and of a whole PPO iteration, from true lengths: the floor that a run is held against."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.costs import DecoderShape, attended
+
+# What AdamW reads and writes for each number that learns: float32 weight and two moments both ways, 16-bit gradient
+# twice, the norm's pass included, and the 16-bit weight.
+OPTIMIZER_BYTES = 30
 # Of SmolLM2-135M, Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, in the names of a Llama config.
 LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -16,95 +21,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {**LLAMA_3, "tie_word_embeddings": False},
 }
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The sizes of a dense decoder."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    """Whether the head is the embedding."""
-    mlp_matrices: int
-    """3 with a gate, else 2."""
-    layer_vectors: int
-    """Numbers in the norms and biases of one layer."""
-    other_vectors: int
-    """Numbers in the final norm and in learned positions."""
-
-    @classmethod
-    def of(cls, config: Any) -> "DecoderShape":
-        """The sizes in a Hugging Face config.
-
-        Raises: ValueError, if the architecture is none of those below, or some layers see a part of the text only.
-        """
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-        qkv = (heads + 2 * kv_heads) * head_dim
-        biased = 4 * hidden + qkv + hidden + intermediate + hidden
-        positions = config.max_position_embeddings * hidden
-        # Norms and biases of one layer, what is outside of the layers, matrices of the MLP.
-        kinds = {
-            "llama": (2 * hidden, hidden, 3),
-            "mistral": (2 * hidden, hidden, 3),
-            "qwen2": (2 * hidden + qkv, hidden, 3),
-            "qwen3": (2 * hidden + 2 * head_dim, hidden, 3),
-            "gpt2": (biased, 2 * hidden + positions, 2),
-            "gpt_neox": (biased, 2 * hidden, 2),
-        }
-        if config.model_type not in kinds:
-            raise ValueError(f"the costs of {config.model_type} are not known: choose one of {', '.join(kinds)}")
-        if getattr(config, "sliding_window", None) is not None:
-            raise ValueError("the costs of a sliding window are not known: choose a model with full attention")
-        layer_vectors, other_vectors, mlp_matrices = kinds[config.model_type]
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            intermediate=intermediate,
-            vocab=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            mlp_matrices=mlp_matrices,
-            layer_vectors=layer_vectors,
-            other_vectors=other_vectors,
-        )
-
-    @property
-    def body(self) -> int:
-        """Numbers in the matrices of all layers."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + self.mlp_matrices * self.hidden * self.intermediate)
-
-    @property
-    def head(self) -> int:
-        """Numbers in the matrix that makes logits."""
-        return self.vocab * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All numbers of the model."""
-        embeddings = self.head if self.tied else 2 * self.head
-        return self.body + embeddings + self.layers * self.layer_vectors + self.other_vectors
-
-    @property
-    def cached(self) -> int:
-        """Numbers that the key-value cache holds for one token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def attention_flops(self) -> int:
-        """Of one token that attends to one token: a product with its key and one with its value, in all layers."""
-        return 4 * self.layers * self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -145,12 +61,18 @@ def rollout_costs(
         batch_size: rows that decode together; the next prompt takes the place of a row that has ended.
         number_bytes: of a weight, key or value.
         flops_per_second, bytes_per_second: what the machine reaches at best.
-    """
 
-    def cost(body_tokens: int, head_tokens: int, attended: int, cached: int) -> Cost:
+    Raises: ValueError, if a layer's window is shorter than a row.
+    """
+    longest = max(len(ids) + length for ids, length in zip(prompt_ids, response_lengths, strict=True))
+    if any(window is not None and window < longest for window in shape.windows):
+        raise ValueError("the costs of a sliding window are not known: choose a model with full attention")
+
+    def cost(body_tokens: int, head_tokens: int, pairs: int, cached: int) -> Cost:
         matmul_flops = 2 * (shape.body * body_tokens + shape.head * head_tokens)
         weight_bytes = (shape.body + shape.head) * number_bytes
-        attention_flops, cache_bytes = shape.attention_flops * attended, shape.cached * cached * number_bytes
+        attention_flops = shape.pair_flops * len(shape.windows) * pairs
+        cache_bytes = shape.cached * cached * number_bytes
         matmul_seconds = max(matmul_flops / flops_per_second, weight_bytes / bytes_per_second)
         attention_seconds = max(attention_flops / flops_per_second, cache_bytes / bytes_per_second)
         return Cost(
@@ -158,10 +80,10 @@ def rollout_costs(
         )
 
     lengths = [len(ids) for ids in {tuple(ids) for ids in prompt_ids}]
-    tokens, attended = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+    tokens, pairs = sum(lengths), sum(attended(length) for length in lengths)
     steps = decode_steps([len(ids) for ids in prompt_ids], response_lengths, batch_size)
     return {
-        "prefill": cost(tokens, len(lengths), attended, tokens),
+        "prefill": cost(tokens, len(lengths), pairs, tokens),
         "decode": sum((cost(rows, rows, seen, seen) for rows, seen in steps), Cost()),
     }
 
@@ -178,3 +100,51 @@ def decode_steps(
             yield len(running), sum(seen for seen, _ in running)
         running = [(seen + 1, left - 1) for seen, left in running if left > 1]
         running += [(prompt + 1, response - 1) for prompt, response in admitted if response > 1]
+
+
+def iteration_floor(
+    trained: Sequence[DecoderShape],
+    frozen: Sequence[DecoderShape],
+    prompt_ids: Sequence[Sequence[int]],
+    response_lengths: Sequence[int],
+    *,
+    batch_size: int,
+    number_bytes: int,
+    flops_per_second: float,
+    bytes_per_second: float,
+    epochs: int = 1,
+    optimizer_steps: int = 1,
+) -> dict[str, Cost]:
+    """The costs of a PPO iteration on one device, by "prefill", "decode", "score", "train" and "optimizer".
+
+    Scoring is one forward of each model but the actor, whose log-probabilities the sampler has; training is `epochs`
+    forwards and backwards of actor and critic; both take their FLOPs at the best rate. The optimizer takes 30 bytes of
+    memory traffic for each number that learns.
+
+    Args:
+        trained: the actor, and the critic if there is one.
+        frozen: reference and reward model, as far as there are models.
+        epochs: passes over the rollout.
+        optimizer_steps: of each trained model.
+        prompt_ids, response_lengths, batch_size, number_bytes, flops_per_second, bytes_per_second: as for
+            `rollout_costs`.
+    """
+    rows = [len(ids) + length for ids, length in zip(prompt_ids, response_lengths, strict=True)]
+    logits = sum(response_lengths)
+    actor, *critics = trained
+    scoring = sum(shape.forward_flops(rows, logits) for shape in [*frozen, *critics])
+    training = epochs * sum(shape.training_flops(rows, logits) for shape in trained)
+    traffic = optimizer_steps * OPTIMIZER_BYTES * sum(shape.trained_parameters for shape in trained)
+    return rollout_costs(
+        actor,
+        prompt_ids,
+        response_lengths,
+        batch_size=batch_size,
+        number_bytes=number_bytes,
+        flops_per_second=flops_per_second,
+        bytes_per_second=bytes_per_second,
+    ) | {
+        "score": Cost(flops=scoring, seconds=scoring / flops_per_second),
+        "train": Cost(flops=training, seconds=training / flops_per_second),
+        "optimizer": Cost(bytes=traffic, seconds=traffic / bytes_per_second),
+    }
