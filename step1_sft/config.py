@@ -11,6 +11,7 @@ from training.config import (
     RunConfig,
     check_batch_sizes,
     check_held_out,
+    check_micro_batch_tokens,
     check_positive,
     num_processes,
 )
@@ -37,13 +38,17 @@ class SftConfig:
     """Sequences of one optimizer step, over all GPUs."""
     micro_batch_size: int = 8
     """Sequences of one forward on one GPU. Memory for activations grows with it; results do not change."""
+    micro_batch_tokens: int | None = None
+    """Most tokens of one forward on one GPU, in place of `micro_batch_size`: sequences of like length are computed
+    together, and every GPU gets about as many tokens. Results do not change."""
 
     def __post_init__(self) -> None:
         check_positive(self, "epochs", "max_steps")
         check_format(self.data.format, "demonstration")
         check_held_out(self.data)
+        check_micro_batch_tokens(self.micro_batch_tokens, self.data.longest)
         self.check_ranks(num_processes())
 
     def check_ranks(self, world_size: int) -> None:
         """Refuse batch sizes that do not divide among `world_size` processes."""
-        check_batch_sizes(self.train_batch_size, self.micro_batch_size, world_size)
+        check_batch_sizes(self.train_batch_size, self.micro_batch_size, world_size, self.micro_batch_tokens)

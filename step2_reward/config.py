@@ -10,6 +10,7 @@ from training.config import (
     RunConfig,
     check_batch_sizes,
     check_held_out,
+    check_micro_batch_tokens,
     check_positive,
     check_range,
     num_processes,
@@ -35,6 +36,9 @@ class RewardConfig:
     """Preferences of one optimizer step, over all GPUs."""
     micro_batch_size: int = 8
     """Preferences of one forward on one GPU; each has 2 sequences, or k for a ranking. Memory grows with it."""
+    micro_batch_tokens: int | None = None
+    """Most tokens of one forward on one GPU, in place of `micro_batch_size`: preferences of like length are computed
+    together, and every GPU gets about as many tokens. Results do not change."""
     centring: float = 0.0
     """Weight of (chosen + rejected score)^2, which keeps scores around 0 (Eisenstein et al. 2023); 0.01 is usual."""
     use_margins: bool = False
@@ -46,9 +50,10 @@ class RewardConfig:
         check_positive(self, "epochs", "max_steps")
         check_format(self.data.format, "preference")
         check_held_out(self.data)
+        check_micro_batch_tokens(self.micro_batch_tokens, 2 * self.data.longest)
         self.check_ranks(num_processes())
         check_range(self, "centring", low=0)
 
     def check_ranks(self, world_size: int) -> None:
         """Refuse batch sizes that do not divide among `world_size` processes."""
-        check_batch_sizes(self.train_batch_size, self.micro_batch_size, world_size)
+        check_batch_sizes(self.train_batch_size, self.micro_batch_size, world_size, self.micro_batch_tokens)

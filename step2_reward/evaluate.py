@@ -89,12 +89,12 @@ def compare_held_out(
     engine: torch.nn.Module,
     dataset: PreferenceDataset,
     collate_fn: Callable[..., PairBatch],
-    micro_batch_size: int,
+    **sizes: int | None,
 ) -> Comparisons:
     """Score every held-out preference once, over all ranks. Every rank must call this; every rank gets the result."""
     rows: list[tuple[float, float, int, float]] = []
     with evaluation_mode(engine):
-        for pairs in own_held_out(dataset, collate_fn, micro_batch_size):
+        for pairs in own_held_out(dataset, collate_fn, **sizes):
             scores = reward_scores(engine, pairs.batch)
             lengths = pairs.batch.response_mask.sum(1)
             columns = (

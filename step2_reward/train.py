@@ -1,6 +1,6 @@
 """Step 2: a pairwise reward model. Run by `deepspeed --module step2_reward.train --config FILE`, or by `python -m`."""
 
-import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,32 +10,36 @@ from torch import Tensor
 from step2_reward.config import RewardConfig
 from step2_reward.evaluate import Comparisons, compare_held_out, normalization
 from training import distributed
-from training.checkpoint import export
-from training.config_files import load_config, save_config
+from training.accounting import Accounting, peak_memory_gib
+from training.checkpoint import Checkpoints, RunState
+from training.config_files import load_config
 from training.data import PairBatch, collate_pairs, num_steps
 from training.engine import DTYPES, loading_options, train_engine
-from training.examples import build_preferences, describe_counts
+from training.examples import build_preferences, describe_counts, digest
+from training.export import export
 from training.forward import reward_scores
-from training.loop import fit, named, own_steps, peak_memory_gib
+from training.loop import fit, named, own_steps, skipped_steps
 from training.losses import pairwise_reward_loss
-from training.metrics import MetricsLogger, write_json
+from training.metrics import MetricsLogger
 from training.models import load_scalar_model, load_tokenizer
+from training.run import has_finished, running, write_results
+from training.supervision import Supervisor
 
 
 def main() -> None:
-    started = time.monotonic()
     config = load_config(RewardConfig)
-    distributed.start(config.run.timeout_minutes)
-    distributed.seed_everything(config.run.seed, rank=0)  # ranks must draw the same new weights
-    output = Path(config.run.output_dir)
-    if distributed.is_main():
-        save_config(config, output / "config.yaml")
+    if has_finished(config):
+        return
+    with running(config) as supervisor:
+        train(config, supervisor)
 
+
+def train(config: RewardConfig, supervisor: Supervisor) -> None:
+    output = Path(config.run.output_dir)
     tokenizer = load_tokenizer(config.model)
     train_data, held_out, counts = build_preferences(config.data, tokenizer)
     total_steps = num_steps(len(train_data), config.train_batch_size, config.epochs, config.max_steps)
-    logger = MetricsLogger(output, total_steps, config.run, distributed.is_main())
-    logger.event(describe_counts(counts))
+    distributed.announce(describe_counts(counts))
 
     model = load_scalar_model(
         config.model,
@@ -44,27 +48,38 @@ def main() -> None:
         head="normal",
     )
     engine = train_engine(
-        model,
-        config.engine,
-        config.optim,
-        micro_batch_size=config.micro_batch_size,
-        train_batch_size=config.train_batch_size,
-        total_steps=total_steps,
+        model, config.engine, config.optim, train_batch_size=config.train_batch_size, total_steps=total_steps
     )
     distributed.seed_everything(config.run.seed, distributed.rank())
 
+    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
     collate_fn = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
-    compare = partial(compare_held_out, engine, held_out, collate_fn, config.micro_batch_size)
-    before = compare()
-    logger.log(0, named("eval", before.metrics()), tokens=0)
+    compare = partial(compare_held_out, engine, held_out, collate_fn, **sizes)
+
+    checkpoints = Checkpoints(config, {"model": engine}, supervisor, data=digest(train_data))
+    start = checkpoints.restore() or RunState(step=0)
+    logger = MetricsLogger(output, total_steps, config.run, distributed.is_main(), start.values.get("log"))
+    skipped = skipped_steps(config, start.values.get("skipped", 0))
+    before = Comparisons(**start.values["before"]) if start.values else compare()
+    if start.step == 0:
+        logger.log(0, named("eval", before.metrics()), tokens=0)
+
+    def after_step(step: int, evaluated: Mapping[str, float]) -> None:
+        def state() -> RunState:
+            values = {"log": logger.state(step), "skipped": skipped.in_a_row, "before": vars(before)}
+            return RunState(step, values, metric=evaluated["accuracy"] if evaluated else None)
+
+        checkpoints.after_step(step, state)
+
     fit(
         engine,
         own_steps(
             train_data,
             collate_fn,
             train_batch_size=config.train_batch_size,
-            micro_batch_size=config.micro_batch_size,
+            **sizes,
             seed=config.run.seed,
+            start_step=start.step,
             num_steps=total_steps,
         ),
         partial(preference_loss, centring=config.centring, use_margins=config.use_margins),
@@ -73,7 +88,12 @@ def main() -> None:
         log_every=config.run.log_every,
         evaluate=lambda: compare().metrics(),
         eval_every=config.run.eval_every,
+        start_step=start.step,
+        accounting=Accounting(DTYPES[config.engine.precision]),
+        skipped=skipped,
+        after_step=after_step,
     )
+    checkpoints.close()
     after = compare()
     logger.log(total_steps, named("eval", after.metrics()), tokens=0)
 
@@ -85,14 +105,12 @@ def main() -> None:
         "data": counts,
         "steps": total_steps,
         "tokens": logger.tokens,
-        "seconds": time.monotonic() - started,
+        "seconds": logger.seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
-    if distributed.is_main():
-        write_json(output / "results.json", results)
+    write_results(config, results)
     logger.event(f"held-out accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}; saved {output / 'final'}")
     logger.close()
-    distributed.stop()
 
 
 def preference_loss(

@@ -12,6 +12,7 @@ from training.config import (
     RunConfig,
     check_batch_sizes,
     check_held_out,
+    check_micro_batch_tokens,
     check_positive,
     check_range,
     num_processes,
@@ -140,10 +141,17 @@ class PpoConfig:
     rollout takes it anew and captures its CUDA graphs anew."""
     ppo_epochs: int = 1
     """Passes over each rollout. More learn more from a sample and move further from where it was drawn."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """What ratios and KL compare with: the actor's forward over each rollout, or the sampler's own log-probabilities,
+    which saves that forward and brings the sampler's rounding into both. With a single update for each rollout, the
+    ratio's base is then the update's own forward."""
     train_batch_size: int = 64
     """Responses of one optimizer step, over all GPUs."""
     micro_batch_size: int = 8
     """Responses of one forward on one GPU. Memory for activations grows with it; results do not change."""
+    micro_batch_tokens: int | None = None
+    """Most tokens of one forward on one GPU, in place of `micro_batch_size`: responses of like length are computed
+    together, and every GPU gets about as many tokens. Results do not change."""
 
     estimator: str = "gae"
     """How advantages are estimated: gae, monte_carlo or td with the critic; grpo, rloo or reinforce_pp without."""
@@ -212,6 +220,11 @@ class PpoConfig:
             raise ValueError("keep_kv_cache is False, but generator is hf, which keeps nothing: leave it out")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy responses leave nothing to explore; 1 is usual")
+        if self.old_logprobs == "rollout" and self.sampling.restricted:
+            raise ValueError(
+                "old_logprobs is rollout, but top_k, top_p or min_new_tokens makes the sampler draw from another "
+                "distribution than the one that is trained: set it to recompute"
+            )
         if self.responses % self.train_batch_size:
             raise ValueError(
                 f"an iteration has rollout_batch_size x samples_per_prompt = {self.responses} responses, which "
@@ -226,6 +239,7 @@ class PpoConfig:
             )
         check_format(self.data.format, "prompt")
         check_held_out(self.data)
+        check_micro_batch_tokens(self.micro_batch_tokens, self.data.max_prompt_tokens + self.sampling.max_new_tokens)
         self.check_ranks(num_processes())
 
     @property
@@ -243,11 +257,5 @@ class PpoConfig:
         return self.estimator not in CRITIC_FREE
 
     def check_ranks(self, world_size: int) -> None:
-        """Refuse rollouts that cannot be shared out evenly: ranks must run the same number of forwards."""
-        check_batch_sizes(self.train_batch_size, self.micro_batch_size, world_size)
-        if self.rollout_batch_size % world_size:
-            nearest = max(1, round(self.rollout_batch_size / world_size)) * world_size
-            raise ValueError(
-                f"rollout_batch_size is {self.rollout_batch_size}, not a multiple of the GPUs ({world_size}): "
-                f"try {nearest}"
-            )
+        """Refuse batch sizes that do not divide among `world_size` processes."""
+        check_batch_sizes(self.train_batch_size, self.micro_batch_size, world_size, self.micro_batch_tokens)

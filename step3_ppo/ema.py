@@ -1,11 +1,12 @@
 """A moving average of the actor's weights, held where the weights are held."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.distributed import is_main, world_size
+from training.distributed import is_main, rank, world_size
 
 
 class MovingAverage:
@@ -29,6 +30,16 @@ class MovingAverage:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 self.shadows[name].lerp_(_local(parameter).float(), 1 - self.decay)
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what `whole_weights` gave, on every rank whole."""
+        parameter: Any
+        for name, parameter in self.parameters.items():
+            value = weights[name].to(self.shadows[name])
+            if hasattr(parameter, "ds_tensor"):
+                padding = world_size() * len(self.shadows[name]) - value.numel()
+                value = torch.nn.functional.pad(value.flatten(), (0, padding)).chunk(world_size())[rank()]
+            self.shadows[name].copy_(value)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The averages by name, in host memory on the main rank, empty elsewhere. Every rank must call this."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from step3_ppo.config import PpoConfig
 from step3_ppo.models import Models
-from step3_ppo.rollout import PhaseTimer, row_seeds, sample_responses
+from step3_ppo.rollout import row_seeds, sample_responses
 from step3_ppo.scoring import texts
-from training import distributed
 from training.examples import PromptExample
 
 
@@ -33,19 +32,8 @@ def sample_held_out(models: Models, prompts: Sequence[PromptExample], config: Pp
 
     Returns: on every rank, the samples of all ranks in the order of the prompts.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    share = math.ceil(len(prompts) / world_size)
-    # The last rank may have fewer prompts; it repeats one, so that all run the same number of forwards.
-    positions = [min(rank * share + i, len(prompts) - 1) for i in range(share)]
-    rollout = sample_responses(
-        models,
-        [prompts[p] for p in positions],
-        config.sampling,
-        row_seeds(config.run.seed, "held-out", positions, 1),
-        1,
-        config.micro_batch_size,
-        PhaseTimer(),
-    )
+    seeds = row_seeds(config.run.seed, "held-out", range(len(prompts)), 1)
+    rollout = sample_responses(models, prompts, config, seeds, 1)
     columns = zip(
         [prompt.text for prompt in rollout.prompts],
         texts(models.tokenizer, rollout.completions),
@@ -55,8 +43,7 @@ def sample_held_out(models: Models, prompts: Sequence[PromptExample], config: Pp
         [c.finished for c in rollout.completions],
         strict=True,
     )
-    own = [Sample(*row) for row in columns]
-    return [sample for samples in distributed.gather_objects(own) for sample in samples][: len(prompts)]
+    return [Sample(*row) for row in columns]
 
 
 def held_out_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -44,9 +44,16 @@ class Models:
     reference: Callable[[], AbstractContextManager[Any]]
     """A context that gives the reference: a frozen engine, or the actor with its adapter off."""
     scorer: Scorer
+    reward_model: deepspeed.DeepSpeedEngine | None
+    """Where the score comes from, if it reads the actor's ids."""
     score_scale: tuple[float, float]
     """(gain, bias) of the reward model's normalisation; (1, 0) for a function."""
     generator: Generator
+
+    @property
+    def trained(self) -> dict[str, deepspeed.DeepSpeedEngine]:
+        """The engines that learn, by name."""
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
 
 def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Models:
@@ -55,7 +62,7 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Models
     Raises:
         ValueError: tokenizers do not match, or a folder does not hold what it should.
     """
-    scorer, score_scale = _load_scorer(config, tokenizer)
+    scorer, reward_model, score_scale = _load_scorer(config, tokenizer)
     critic = _load_critic(config, tokenizer) if config.uses_critic else None
     actor = _train(load_causal_lm(config.actor, *_loading(config)), config, config.actor_optim)
     return Models(
@@ -64,6 +71,7 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Models
         critic=critic,
         reference=_load_reference(config, actor),
         scorer=scorer,
+        reward_model=reward_model,
         score_scale=score_scale,
         generator=_generator(config, tokenizer, actor),
     )
@@ -85,9 +93,11 @@ def critic_source(config: PpoConfig) -> ModelConfig:
     return ModelConfig(**{**vars(config.critic), "path": path})
 
 
-def _load_scorer(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Scorer, tuple[float, float]]:
+def _load_scorer(
+    config: PpoConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Scorer, deepspeed.DeepSpeedEngine | None, tuple[float, float]]:
     if config.reward.function is not None:
-        return function_scorer(config.reward.function, tokenizer), (1.0, 0.0)
+        return function_scorer(config.reward.function, tokenizer), None, (1.0, 0.0)
     reward_tokenizer = load_tokenizer(config.reward)
     if not config.reward.retokenize:
         remedy = (
@@ -96,11 +106,11 @@ def _load_scorer(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         )
         check_same_tokenizer(tokenizer, reward_tokenizer, "reward model", remedy)
     model = load_scalar_model(config.reward, *_loading(config, frozen=True), head="saved")
-    engine = frozen_engine(model, config.engine, config.micro_batch_size)
+    engine = frozen_engine(model, config.engine)
     scale = (model.gain, model.bias)
     if config.reward.retokenize:
-        return retokenizing_scorer(engine, config.micro_batch_size, tokenizer, reward_tokenizer), scale
-    return model_scorer(engine, config.micro_batch_size), scale
+        return retokenizing_scorer(engine, config, tokenizer, reward_tokenizer), None, scale
+    return model_scorer(engine, config), engine, scale
 
 
 def _load_critic(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> deepspeed.DeepSpeedEngine:
@@ -117,9 +127,7 @@ def _load_reference(config: PpoConfig, actor: deepspeed.DeepSpeedEngine) -> Call
     if own_start and config.actor.lora.rank > 0:
         return partial(_adapter_off, actor)
     source = replace(config.actor, path=config.reference_path or config.actor.path, lora=type(config.actor.lora)())
-    engine = frozen_engine(
-        load_causal_lm(source, *_loading(config, frozen=True)), config.engine, config.micro_batch_size
-    )
+    engine = frozen_engine(load_causal_lm(source, *_loading(config, frozen=True)), config.engine)
     return partial(contextlib.nullcontext, engine)
 
 
@@ -140,7 +148,6 @@ def _train(model: Any, config: PpoConfig, optim: Any) -> deepspeed.DeepSpeedEngi
         model,
         config.engine,
         optim,
-        micro_batch_size=config.micro_batch_size,
         train_batch_size=config.train_batch_size,
         total_steps=config.iterations * config.steps_per_iteration,
     )

@@ -1,10 +1,9 @@
 """From prompts to experience: sample, score, and estimate advantages."""
 
-import contextlib
 import hashlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +11,21 @@ from torch import Tensor
 
 from step3_ppo.config import PpoConfig
 from step3_ppo.models import Models
+from step3_ppo.scoring import OwnRows
 from training import distributed
+from training.accounting import Accounting, phase_of
 from training.advantages import ADVANTAGE_ESTIMATORS
-from training.data import Batch, collate, micro_batches
+from training.data import Batch, collate
 from training.examples import PromptExample
 from training.forward import critic_values, response_logprobs
-from training.generation.interface import Completion, SamplingConfig
+from training.generation.interface import Completion
 from training.masking import masked_power_sums, masked_whiten, moments_from_power_sums
 from training.rewards import clip_scores, token_rewards
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled responses and what the models say of them, before any reward is computed."""
+    """Sampled responses of all ranks and what the models say of them, before any reward is computed."""
 
     prompts: list[PromptExample]
     """One per row; the samples of one prompt are consecutive rows."""
@@ -33,7 +34,7 @@ class Rollout:
     sampler_logprobs: Tensor
     """[batch, time] as the generator reported them."""
     logprobs: Tensor
-    """[batch, time] under the actor, computed as in training."""
+    """[batch, time] under the actor, computed as in training; or the sampler's, where `old_logprobs` is rollout."""
     ref_logprobs: Tensor
     """[batch, time] under the reference."""
     values: Tensor | None
@@ -52,7 +53,7 @@ class Rollout:
 
     @property
     def worst_gap(self) -> float:
-        """Nats: what 99 of 100 log-probabilities of this rank's sampler differ from the actor's by at most."""
+        """Nats: what 99 of 100 log-probabilities of the sampler differ from the actor's by at most."""
         gap = (self.sampler_logprobs - self.logprobs)[self.mask].abs()
         return float(torch.quantile(gap, 0.99)) if len(gap) else 0.0
 
@@ -64,7 +65,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """What the updates learn from; every tensor is [batch, time]."""
+    """What the updates learn from, whole on every rank; every tensor is [batch, time]."""
 
     batch: Batch
     old_logprobs: Tensor
@@ -72,6 +73,11 @@ class Experience:
     advantages: Tensor
     old_values: Tensor | None
     returns: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by name."""
+        parts = vars(self.batch) | vars(self)
+        return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
     def rows(self, index: Tensor) -> "Experience":
         """The given rows, without the columns that are padding in all of them."""
@@ -86,23 +92,6 @@ class Experience:
         )
 
 
-class PhaseTimer:
-    """Seconds spent in each phase since the last reset."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.monotonic()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-
-
 def row_seeds(run_seed: int, stream: str, positions: Sequence[int], samples_per_prompt: int) -> list[int]:
     """A seed for each row, from what the row is and not from what was drawn before it: a resumed run draws the same."""
     keys = [f"{run_seed}/{stream}/{p}/{sample}" for p in positions for sample in range(samples_per_prompt)]
@@ -112,31 +101,52 @@ def row_seeds(run_seed: int, stream: str, positions: Sequence[int], samples_per_
 def sample_responses(
     models: Models,
     prompts: Sequence[PromptExample],
-    sampling: SamplingConfig,
+    config: PpoConfig,
     seeds: list[int],
     samples_per_prompt: int,
-    micro_batch_size: int,
-    timer: PhaseTimer,
+    accounting: Accounting | None = None,
 ) -> Rollout:
-    """Sample responses and run the frozen and the trained models over them.
+    """Sample responses and run the frozen and the trained models over them. Every rank must call this.
+
+    Each rank samples for its share of the prompts. The responses are then shared out anew, by length, for the models to
+    read, and every rank gets all that they say: what is learnt from them does not depend on the number of ranks.
 
     Args:
-        prompts: this rank's prompts.
+        prompts: those of all ranks.
         seeds: one per response.
+        accounting: is told of what is computed.
     """
     rows = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    with timer.phase("generate"):
-        completions = models.generator.generate([row.prompt_ids for row in rows], sampling, seeds)
-    with timer.phase("score"):
+    rank, world_size = distributed.rank(), distributed.world_size()
+    own = slice(*(len(prompts) * r // world_size * samples_per_prompt for r in (rank, rank + 1)))
+    with phase_of(accounting, "generate"):
+        sampled = models.generator.generate([row.prompt_ids for row in rows[own]], config.sampling, seeds[own])
+        completions = [completion for shares in distributed.gather_objects(sampled) for completion in shares]
+    with phase_of(accounting, "score"):
         batch = _as_batch(rows, completions, models.tokenizer.pad_token_id)
-        parts = micro_batches(batch, micro_batch_size)
-        with torch.no_grad():
-            logprobs = _rejoin([response_logprobs(models.actor, p, sampling.temperature)[0] for p in parts], batch)
-            with models.reference() as reference:
-                ref = _rejoin([response_logprobs(reference, p, sampling.temperature)[0] for p in parts], batch)
-            values = _rejoin([critic_values(models.critic, p) for p in parts], batch) if models.critic else None
+        own_rows = OwnRows(batch, config)
+        own_logprobs = partial(_logprobs, temperature=config.sampling.temperature)
+        logprobs = sampler_logprobs = _sampler_logprobs(batch, completions)
+        if config.old_logprobs == "recompute":
+            logprobs = own_rows.run(partial(own_logprobs, models.actor))
+        with models.reference() as reference:
+            ref = own_rows.run(partial(own_logprobs, reference))
+        values = own_rows.run(partial(critic_values, models.critic)) if models.critic else None
         scores = models.scorer(batch, rows, completions)
-    return Rollout(rows, completions, batch, _sampler_logprobs(batch, completions), logprobs, ref, values, scores)
+    if accounting is not None:
+        lengths = [len(completion.response_ids) for completion in sampled]
+        accounting.add_rollout(models.actor, [row.prompt_ids for row in rows[own]], lengths)
+        if config.old_logprobs == "recompute":
+            own_rows.count_passes(accounting, "score", models.actor)
+        own_rows.count_passes(accounting, "score", reference, adapters=reference is not models.actor)
+        for scalar_model in (models.critic, models.reward_model):
+            if scalar_model is not None:
+                own_rows.count_passes(accounting, "score", scalar_model)
+    return Rollout(rows, completions, batch, sampler_logprobs, logprobs, ref, values, scores)
+
+
+def _logprobs(model: Any, batch: Batch, temperature: float) -> Tensor:
+    return response_logprobs(model, batch, temperature)[0]
 
 
 def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) -> tuple[Experience, Tensor]:
@@ -151,7 +161,7 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
         scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coefficient, config.kl.estimator
     )
     if config.whiten_rewards:
-        rewards = whiten_over_ranks(rewards, rollout.mask, shift_mean=False)
+        rewards = whitened(rewards, rollout.mask, shift_mean=False)
     advantages, returns = ADVANTAGE_ESTIMATORS[config.estimator](
         rewards,
         rollout.values,
@@ -161,7 +171,7 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
         group_size=config.samples_per_prompt,
     )
     if config.whiten_advantages:
-        advantages = whiten_over_ranks(advantages, rollout.mask)
+        advantages = whitened(advantages, rollout.mask)
     experience = Experience(
         batch=rollout.batch,
         old_logprobs=rollout.logprobs,
@@ -173,10 +183,9 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
     return experience, kl
 
 
-def whiten_over_ranks(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """`masked_whiten` with the mean and variance of the tokens of all ranks."""
-    sums = distributed.sum_over_ranks(masked_power_sums(values, mask))
-    mean, variance = moments_from_power_sums(sums)
+def whitened(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """`masked_whiten` with the mean and variance of the masked values themselves."""
+    mean, variance = moments_from_power_sums(masked_power_sums(values, mask))
     return masked_whiten(values, mask, mean, variance, shift_mean=shift_mean)
 
 
@@ -193,9 +202,3 @@ def _sampler_logprobs(batch: Batch, completions: Sequence[Completion]) -> Tensor
     result = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
     result[batch.response_mask] = torch.tensor(flat, device=result.device)
     return result
-
-
-def _rejoin(parts: list[Any], batch: Batch) -> Tensor:
-    """Micro-batches [rows, own time] -> [batch, time], 0 in padding."""
-    time = batch.input_ids.shape[1]
-    return torch.cat([torch.nn.functional.pad(part, (0, time - part.shape[1])) for part in parts])

@@ -3,13 +3,17 @@
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from training.data import Batch, collate, micro_batches
+from step3_ppo.config import PpoConfig
+from training import distributed
+from training.accounting import Accounting
+from training.data import Batch, collate, share_out
 from training.examples import PromptExample
 from training.forward import reward_scores
 from training.generation.interface import Completion
@@ -18,19 +22,59 @@ ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping]], Sequ
 Scorer = Callable[[Batch, Sequence[PromptExample], Sequence[Completion]], Tensor]
 
 
-def model_scorer(engine: Any, micro_batch_size: int) -> Scorer:
+class OwnRows:
+    """The rows of a batch that this rank's models read, and which of them together."""
+
+    def __init__(self, batch: Batch, config: PpoConfig) -> None:
+        """Every rank must give the same batch, and has as many forwards as the others."""
+        self.batch = batch
+        sizes = batch.sizes
+        lengths = [tokens for tokens, _ in sizes]
+        shares = share_out(lengths, distributed.world_size(), config.micro_batch_size, config.micro_batch_tokens)
+        # A rank without rows runs along with some, because its weights may be needed; what it finds is left out.
+        parts = [(part or [0], bool(part)) for part in shares[distributed.rank()]]
+        self.counts = [is_counted for _, is_counted in parts]
+        self.rows = [torch.tensor(part, dtype=torch.long, device=batch.input_ids.device) for part, _ in parts]
+        self.micro_batches = [batch.rows(rows) for rows in self.rows]
+        self.sizes = [[sizes[row] for row in part] for part, _ in parts]
+        """Tokens and response tokens of each row of each micro-batch."""
+
+    def run(self, forward: Callable[[Batch], Tensor]) -> Tensor:
+        """What `forward` says of all rows, each computed on one rank. Every rank must call this.
+
+        Args:
+            forward: Batch of some rows -> [rows] or [rows, time].
+
+        Returns: [batch] or [batch, time], 0 in padding.
+        """
+        with torch.no_grad():
+            found = [forward(micro_batch) for micro_batch in self.micro_batches]
+        result = found[0].new_zeros(self.batch.input_ids.shape[: found[0].dim()])
+        for rows, values, is_counted in zip(self.rows, found, self.counts, strict=True):
+            if is_counted:
+                columns = () if values.dim() == 1 else (slice(values.shape[1]),)
+                result[rows, *columns] = values
+        return distributed.sum_over_ranks(result)
+
+    def count_passes(self, accounting: Accounting, phase: str, model: Any, **kind: bool) -> None:
+        """Tell `accounting` of a forward of `model` over these rows; `kind` as `Accounting.add_pass` has it."""
+        for micro_batch, sizes in zip(self.micro_batches, self.sizes, strict=True):
+            tokens, logits = (list(column) for column in zip(*sizes, strict=True))
+            accounting.add_pass(phase, model, micro_batch.input_ids, tokens, sum(logits), **kind)
+
+
+def model_scorer(engine: Any, config: PpoConfig) -> Scorer:
     """Scores from a reward model that reads the actor's token ids."""
 
     def score(batch: Batch, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([reward_scores(engine, part) for part in micro_batches(batch, micro_batch_size)])
+        return OwnRows(batch, config).run(partial(reward_scores, engine))
 
     return score
 
 
 def retokenizing_scorer(
     engine: Any,
-    micro_batch_size: int,
+    config: PpoConfig,
     actor_tokenizer: PreTrainedTokenizerBase,
     reward_tokenizer: PreTrainedTokenizerBase,
 ) -> Scorer:
@@ -45,8 +89,7 @@ def retokenizing_scorer(
                 ids = [*ids, reward_tokenizer.eos_token_id]
             rows.append((ids, [True] * len(ids)))
         own = collate(rows, pad_id=reward_tokenizer.pad_token_id).to(batch.input_ids.device)
-        with torch.no_grad():
-            return torch.cat([reward_scores(engine, part) for part in micro_batches(own, micro_batch_size)])
+        return OwnRows(own, config).run(partial(reward_scores, engine))
 
     return score
 
@@ -60,13 +103,21 @@ def function_scorer(name: str, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     function = _import_function(name)
 
     def score(batch: Batch, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
-        scores = list(function([p.text for p in prompts], texts(tokenizer, completions), [p.record for p in prompts]))
+        rank, world_size = distributed.rank(), distributed.world_size()
+        own = slice(*(len(prompts) * r // world_size for r in (rank, rank + 1)))
+        scores = checked(prompts[own], texts(tokenizer, completions[own]))
+        result = torch.zeros(len(prompts))
+        result[own] = torch.tensor(scores, dtype=torch.float32)
+        return distributed.sum_over_ranks(result).to(batch.input_ids.device)
+
+    def checked(prompts: Sequence[PromptExample], responses: list[str]) -> list[float]:
+        scores = list(function([p.text for p in prompts], responses, [p.record for p in prompts]))
         if len(scores) != len(prompts):
             raise ValueError(f"{name} returned {len(scores)} scores for {len(prompts)} responses: return one for each")
         for prompt, number in zip(prompts, scores, strict=True):
             if not math.isfinite(number):
                 raise ValueError(f"{name} returned {number} for the prompt at {prompt.source}: return a finite number")
-        return torch.tensor(scores, dtype=torch.float32, device=batch.input_ids.device)
+        return scores
 
     return score
 

@@ -1,8 +1,6 @@
 """Step 3: PPO from a score. Run by `deepspeed --module step3_ppo.train --config FILE`, or by `python -m`."""
 
 import json
-import time
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,106 +14,140 @@ from step3_ppo.ema import MovingAverage
 from step3_ppo.evaluate import Sample, compare, held_out_metrics, sample_held_out
 from step3_ppo.models import Models, critic_source, load_models
 from step3_ppo.ppo import update
-from step3_ppo.rollout import PhaseTimer, Rollout, make_experience, row_seeds, sample_responses
+from step3_ppo.progress import Progress
+from step3_ppo.rollout import Rollout, make_experience, row_seeds, sample_responses
 from training import distributed
-from training.checkpoint import export
+from training.accounting import Accounting, peak_memory_gib
+from training.checkpoint import Checkpoints, RunState
 from training.config import DataConfig
-from training.config_files import load_config, save_config
+from training.config_files import load_config
 from training.data import Batch, collate, sample_index
-from training.examples import PromptExample, build_demonstrations, build_prompts, describe_counts
-from training.loop import own_steps, peak_memory_gib
+from training.engine import DTYPES
+from training.examples import PromptExample, build_demonstrations, build_prompts, describe_counts, digest
+from training.export import export
+from training.loop import own_steps, skipped_steps
 from training.masking import masked_sum
-from training.metrics import MetricsLogger, write_json
+from training.metrics import MetricsLogger
 from training.models import load_tokenizer
-from training.rewards import AdaptiveKLController, FixedKLController
-
-KLController = FixedKLController | AdaptiveKLController
+from training.run import has_finished, running, write_results
+from training.supervision import Supervisor
 
 
 def main() -> None:
-    started = time.monotonic()
     config = load_config(PpoConfig)
-    distributed.start(config.run.timeout_minutes)
-    distributed.seed_everything(config.run.seed, rank=0)  # ranks must draw the same new weights
-    output = Path(config.run.output_dir)
-    if distributed.is_main():
-        save_config(config, output / "config.yaml")
+    if has_finished(config):
+        return
+    with running(config) as supervisor:
+        train(config, supervisor)
 
+
+def train(config: PpoConfig, supervisor: Supervisor) -> None:
+    output = Path(config.run.output_dir)
     tokenizer = load_tokenizer(config.actor)
     prompts, held_out, counts = build_prompts(config.data, tokenizer)
-    demonstrations = ptx_batches(config, tokenizer) if config.ptx.coefficient > 0 else None
+    distributed.announce(describe_counts(counts))
     models = load_models(config, tokenizer)
     distributed.seed_everything(config.run.seed, distributed.rank())
     average = MovingAverage(models.actor.module, config.ema_decay) if config.ema_decay > 0 else None
-    controller = kl_controller(config)
-    phase_seconds: Counter[str] = Counter()
-    logger = MetricsLogger(output, config.iterations, config.run, distributed.is_main())
-    logger.event(describe_counts(counts))
 
-    before = sample_held_out(models, held_out, config)
-    logger.log(0, held_out_metrics(before), tokens=0)
-    for iteration in range(config.iterations):
-        timer = PhaseTimer()
-        rollout = collect(models, prompts, config, iteration, timer)
-        if iteration == 0:
-            logger.event(start_up_check(models, rollout, config, timer))
-        experience, kl = make_experience(rollout, config, controller.coefficient)
-        with timer.phase("train"):
-            metrics = update(models, experience, config, iteration, demonstrations, average)
-        metrics = rollout_metrics(rollout, kl, controller.coefficient) | models.generator.metrics() | metrics
-        controller.update(metrics["rollout/kl"], config.responses)
-        phase_seconds.update(timer.seconds)
-        tokens = distributed.sum_over_ranks(rollout.batch.attention_mask.sum())
-        metrics = metrics | phase_metrics(timer) if (iteration + 1) % config.run.log_every == 0 else {}
-        if config.run.eval_every and (iteration + 1) % config.run.eval_every == 0:
-            metrics |= held_out_metrics(sample_held_out(models, held_out, config))
-        logger.log(iteration + 1, metrics, tokens=int(tokens))
+    checkpoints = Checkpoints(config, models.trained, supervisor, data=digest(prompts))
+    start = checkpoints.restore() or RunState(step=0)
+    progress = Progress.restored(start, config, average)
+    skipped = skipped_steps(config, start.values.get("skipped", 0))
+    actor_steps = progress.actor_steps + progress.updates.actor_steps
+    demonstrations = ptx_batches(config, tokenizer, actor_steps) if config.ptx.coefficient > 0 else None
+    logger = MetricsLogger(output, config.iterations, config.run, distributed.is_main(), start.values.get("log"))
+    if not progress.before:
+        progress.before = sample_held_out(models, held_out, config)
+        logger.log(0, held_out_metrics(progress.before), tokens=0)
+
+    def after_step(*, may_save: bool = False, metric: float | None = None) -> None:
+        """Save, or stop if asked to: also half way through a rollout's updates, which then go on as they would have."""
+
+        def state() -> RunState:
+            log = logger.state(progress.iteration)
+            return progress.state(average, metric, log=log, skipped=skipped.in_a_row)
+
+        supervisor.progress("train", progress.iteration)
+        checkpoints.after_step(progress.iteration, state, may_save=may_save)
+
+    accounting = Accounting(DTYPES[config.engine.precision])
+    clock = accounting.clock
+    clock.lap()
+    while progress.iteration < config.iterations:
+        if progress.experience is None:
+            supervisor.progress("rollout", progress.iteration)
+            rollout = collect(models, prompts, config, progress.iteration, accounting)
+            if progress.iteration == 0:
+                logger.event(start_up_check(models, rollout, config, clock.seconds()))
+            coefficient = progress.controller.coefficient
+            progress.experience, kl = make_experience(rollout, config, coefficient)
+            progress.metrics = rollout_metrics(rollout, kl, coefficient) | models.generator.metrics()
+        with clock.phase("train"):
+            metrics = update(
+                models,
+                progress.experience,
+                config,
+                progress.iteration,
+                demonstrations,
+                average,
+                progress.updates,
+                accounting,
+                skipped,
+                after_step,
+            )
+        metrics = progress.metrics | metrics
+        tokens = progress.experience.batch.num_tokens
+        progress.end_iteration(config.responses)
+
+        step = progress.iteration
+        evaluated: dict[str, float] = {}
+        if config.run.eval_every and step % config.run.eval_every == 0:
+            with clock.phase("evaluate"):
+                evaluated = held_out_metrics(sample_held_out(models, held_out, config))
+        is_logged = step % config.run.log_every == 0 or evaluated
+        logger.log(step, metrics | evaluated | accounting.metrics() if is_logged else {}, tokens=tokens)
+        after_step(may_save=True, metric=evaluated.get("eval/score_mean"))
+    checkpoints.close()
     after = sample_held_out(models, held_out, config)
     logger.log(config.iterations, held_out_metrics(after), tokens=0)
 
     export(models.actor, output / "final" / "actor", models.tokenizer, config.actor, ema_weights(average))
     if models.critic is not None:
         export(models.critic, output / "final" / "critic", models.tokenizer, critic_source(config))
-    results = compare(before, after, models.score_scale) | {
+    results = compare(progress.before, after, models.score_scale) | {
         "data": counts,
         "iterations": config.iterations,
         "tokens": logger.tokens,
-        "seconds": time.monotonic() - started,
-        "phase_seconds": dict(phase_seconds),
+        "seconds": logger.seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
     if distributed.is_main():
-        write_samples(output / "samples.jsonl", before, after, config.samples_shown)
-        write_json(output / "results.json", results)
+        write_samples(output / "samples.jsonl", progress.before, after, config.samples_shown)
+    write_results(config, results)
     logger.event(
         f"held-out score {results['score_before']['mean']:.3f} -> {results['score_after']['mean']:.3f}, "
         f"win rate {results['win_rate']['value']:.0%}, KL {results['kl']:.2f} nats; saved {output / 'final'}"
     )
     logger.close()
-    distributed.stop()
 
 
 def collect(
-    models: Models, prompts: list[PromptExample], config: PpoConfig, iteration: int, timer: PhaseTimer
+    models: Models,
+    prompts: list[PromptExample],
+    config: PpoConfig,
+    iteration: int,
+    accounting: Accounting | None = None,
 ) -> Rollout:
-    """This rank's share of the iteration's prompts, answered and scored."""
-    share = config.rollout_batch_size // distributed.world_size()
-    first = iteration * config.rollout_batch_size + distributed.rank() * share
-    positions = range(first, first + share)
+    """The iteration's prompts, answered and scored."""
+    first = iteration * config.rollout_batch_size
+    positions = range(first, first + config.rollout_batch_size)
     chosen = [prompts[sample_index(position, len(prompts), config.run.seed)] for position in positions]
     seeds = row_seeds(config.run.seed, "rollout", positions, config.samples_per_prompt)
-    return sample_responses(
-        models, chosen, config.sampling, seeds, config.samples_per_prompt, config.micro_batch_size, timer
-    )
+    return sample_responses(models, chosen, config, seeds, config.samples_per_prompt, accounting)
 
 
-def kl_controller(config: PpoConfig) -> KLController:
-    if config.kl.adaptive:
-        return AdaptiveKLController(config.kl.coefficient, config.kl.target, config.kl.horizon)
-    return FixedKLController(config.kl.coefficient)
-
-
-def ptx_batches(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Batch]]:
+def ptx_batches(config: PpoConfig, tokenizer: PreTrainedTokenizerBase, start_step: int) -> Iterator[list[Batch]]:
     """Step 1's demonstrations, as many per optimizer step as there are responses."""
     data = DataConfig(
         paths=config.ptx.paths,
@@ -131,13 +163,15 @@ def ptx_batches(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
         partial(collate, pad_id=tokenizer.pad_token_id),
         train_batch_size=config.train_batch_size,
         micro_batch_size=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         seed=config.run.seed,
+        start_step=start_step,
         num_steps=config.iterations * config.steps_per_iteration,
     )
 
 
 def rollout_metrics(rollout: Rollout, kl: torch.Tensor, kl_coefficient: float) -> dict[str, float]:
-    """What the rollout says of the actor, averaged over all ranks."""
+    """What the rollout says of the actor."""
     gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
     sums = {
         "rollout/score_mean": rollout.scores.sum(),
@@ -149,9 +183,7 @@ def rollout_metrics(rollout: Rollout, kl: torch.Tensor, kl_coefficient: float) -
         "rollout/logprob_gap": masked_sum(gap, rollout.mask),
         "rollout/sequence_logprob": masked_sum(rollout.logprobs, rollout.mask),
     }
-    totals = distributed.sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
-    responses = len(rollout.completions) * distributed.world_size()
-    metrics = {name: total / responses for name, total in zip(sums, totals.tolist(), strict=True)}
+    metrics = {name: float(value) / len(rollout.completions) for name, value in sums.items()}
     metrics["rollout/logprob_gap"] /= max(metrics["rollout/response_tokens"], 1e-8)  # per token, not per response
     variance = metrics.pop("rollout/score_squared") - metrics["rollout/score_mean"] ** 2
     return metrics | {
@@ -159,11 +191,6 @@ def rollout_metrics(rollout: Rollout, kl: torch.Tensor, kl_coefficient: float) -
         "rollout/kl_coefficient": kl_coefficient,
         "rollout/logprob_gap_p99": rollout.worst_gap,
     }
-
-
-def phase_metrics(timer: PhaseTimer) -> dict[str, float]:
-    """Seconds of each phase, on the main rank."""
-    return {f"seconds/{name}": seconds for name, seconds in timer.seconds.items()}
 
 
 def ema_weights(average: MovingAverage | None) -> dict[str, torch.Tensor] | None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,16 +27,17 @@ from step2_reward.train import preference_loss
 from step3_ppo.config import PpoConfig, PpoRunConfig, RewardModelConfig
 from step3_ppo.ema import MovingAverage
 from step3_ppo.ppo import actor_loss, critic_loss, update
-from step3_ppo.rollout import Experience, whiten_over_ranks
+from step3_ppo.rollout import Experience, sample_responses
+from step3_ppo.scoring import model_scorer
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from tests.tiny_tokenizers import build_tokenizer
 from training import distributed
-from training.checkpoint import export, whole
+from training.export import export, whole
 from training.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 from training.data import collate, collate_pairs, train_batches
 from training.engine import backward_and_step, generation_mode, loading_options, train_engine
-from training.examples import PreferenceDataset, PreferenceRows, TokenizedDataset
+from training.examples import PreferenceDataset, PreferenceRows, PromptExample, TokenizedDataset
 from training.forward import response_logprobs, reward_scores
 from training.generation.hf import HuggingFaceGenerator
 from training.generation.interface import Endings, SamplingConfig
@@ -59,9 +61,7 @@ def engine_config(zero_stage: int, folder: Path) -> EngineConfig:
 def build_engine(loader: Callable[..., nn.Module], zero_stage: int, folder: Path) -> Any:
     config = engine_config(zero_stage, folder)
     model = loader(ModelConfig(path=str(folder / "model")), torch.float32, loading_options(config, zero_stage))
-    return train_engine(
-        model, config, OPTIM, micro_batch_size=MICRO_BATCH, train_batch_size=TRAIN_BATCH, total_steps=STEPS
-    )
+    return train_engine(model, config, OPTIM, train_batch_size=TRAIN_BATCH, total_steps=STEPS)
 
 
 causal_lm = load_causal_lm
@@ -155,20 +155,6 @@ def reward_model_on_two_ranks_equals_one(folder: Path, zero_stage: int) -> None:
     )
 
 
-def whitening_counts_the_tokens_of_all_ranks(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4), (2, 9)]  # other shapes on each rank
-    values = [torch.randn(shape, generator=generator) * 3 + 1 for shape in shapes]
-    masks = [torch.rand(shape, generator=generator) < 0.6 for shape in shapes]
-    rank = distributed.rank()
-    tokens = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
-    mean, deviation = tokens.mean(), (tokens - tokens.mean()).square().mean().sqrt()
-    for shift_mean in (True, False):
-        whitened = whiten_over_ranks(values[rank], masks[rank], shift_mean=shift_mean)
-        expected = (values[rank] - mean) / deviation + (0 if shift_mean else mean)
-        torch.testing.assert_close(whitened, torch.where(masks[rank], expected, 0.0), atol=1e-6, rtol=0)
-
-
 def ppo_config(folder: Path, **changes: Any) -> PpoConfig:
     return PpoConfig(
         actor=ModelConfig(path="unused"),
@@ -197,8 +183,7 @@ def losses_do_not_depend_on_how_tokens_fall_to_ranks(folder: Path, zero_stage: i
     shares = [experience(0, share, width=2), experience(1, share, width=30)]
     config = ppo_config(folder, entropy_coefficient=0.1, value_clip=None)
     denominator = torch.stack([part.batch.response_mask.sum() for part in shares]).sum()
-    without_ptx = partial(actor_loss, ptx_batch=None, ptx_count=None)
-    cases: list[tuple[Any, Any]] = [(causal_lm, without_ptx), (scalar_model, critic_loss)]
+    cases: list[tuple[Any, Any]] = [(causal_lm, actor_loss), (scalar_model, critic_loss)]
     for loader, loss_of in cases:
         engine = build_engine(loader, zero_stage, folder)
         take_step, engine.step = engine.step, lambda: None
@@ -206,8 +191,7 @@ def losses_do_not_depend_on_how_tokens_fall_to_ranks(folder: Path, zero_stage: i
         own = shares[distributed.rank()]
         for part in torch.arange(share).split(MICRO_BATCH):
             loss, _ = loss_of(models, own.rows(part), config, denominator)
-            engine.set_gradient_accumulation_boundary(bool(part[-1] == share - 1))
-            backward_and_step(engine, loss)
+            backward_and_step(engine, loss, last=bool(part[-1] == share - 1))
         gradients = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
         engine.step = take_step
 
@@ -245,17 +229,48 @@ def generation_under_zero_3_does_not_wait_for_other_ranks(folder: Path) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def a_rollout_on_two_ranks_equals_one(folder: Path) -> None:
+    """Five prompts, so that one rank has more than the other; rows shared out by number and by tokens."""
+    prompts = [PromptExample(list(range(5, 6 + n * n)), str(n), {}, f"line {n}") for n in range(1, 6)]
+    for zero_stage, micro_batch_tokens in ((2, None), (3, 600)):
+        engine = build_engine(causal_lm, zero_stage, folder)
+        critic = build_engine(scalar_model, zero_stage, folder)
+        sampling = SamplingConfig(max_new_tokens=24)
+        config = ppo_config(folder, sampling=sampling, micro_batch_tokens=micro_batch_tokens)
+        models: Any = SimpleNamespace(
+            tokenizer=build_tokenizer(eos="<eos>"),
+            actor=engine,
+            critic=critic,
+            reference=lambda: contextlib.nullcontext(engine),  # noqa: B023
+            scorer=model_scorer(critic, config),
+            generator=NativeGenerator(partial(generation_mode, engine), Endings.of(list(range(5, 30))), batch_size=2),
+        )
+        seeds = list(range(10))
+        found = sample_responses(models, prompts, config, seeds, 2)
+        with mock.patch.multiple(distributed, rank=lambda: 0, world_size=lambda: 1):
+            expected = sample_responses(models, prompts, config, seeds, 2)
+        assert [row.response_ids for row in found.completions] == [row.response_ids for row in expected.completions]
+        assert torch.equal(found.batch.input_ids, expected.batch.input_ids)
+        for name in ("sampler_logprobs", "logprobs", "ref_logprobs", "values", "scores"):
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            if name == "values":  # what they are outside of responses is undefined
+                ours, theirs = (torch.where(found.mask, values, 0.0) for values in (ours, theirs))
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
+
+
 def every_held_out_example_counts_once(folder: Path) -> None:
     examples = rows(7)
     engine = build_engine(causal_lm, 3, folder)
-    found = held_out_loss(engine, TokenizedDataset(examples), partial(collate, pad_id=PAD), MICRO_BATCH)
+    found = held_out_loss(
+        engine, TokenizedDataset(examples), partial(collate, pad_id=PAD), micro_batch_size=MICRO_BATCH
+    )
     batch = collate(examples, pad_id=PAD)
     logprobs, _ = response_logprobs(plain(causal_lm, folder), batch)
     assert abs(found["loss"] + float(logprobs[batch.response_mask].detach().mean())) < 1e-5
 
     data = preferences(5)
     engine = build_engine(scalar_model, 3, folder)
-    compared = compare_held_out(engine, data, partial(collate_pairs, pad_id=PAD), MICRO_BATCH)
+    compared = compare_held_out(engine, data, partial(collate_pairs, pad_id=PAD), micro_batch_size=MICRO_BATCH)
     pairs = collate_pairs([data[index] for index in range(5)], pad_id=PAD)
     scores = reward_scores(plain(scalar_model, folder), pairs.batch)
     expected = sorted((scores[pairs.better] - scores[pairs.worse]).tolist())
@@ -281,7 +296,8 @@ def a_moving_average_over_shards_is_that_of_the_weights(folder: Path) -> None:
         )
         for micro_batches in batches:
             for batch in micro_batches:
-                backward_and_step(engine, demonstration_loss(engine, batch, torch.tensor(100.0))[0])
+                loss, _ = demonstration_loss(engine, batch, torch.tensor(100.0))
+                backward_and_step(engine, loss, last=batch is micro_batches[-1])
             average.update()
             weights = whole_weights(engine)
             expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in expected}
@@ -293,13 +309,14 @@ def a_moving_average_over_shards_is_that_of_the_weights(folder: Path) -> None:
 
 
 def all_ranks_stop_when_one_has_moved_too_far(folder: Path) -> None:
-    share = TRAIN_BATCH // distributed.world_size()
     actor = build_engine(causal_lm, 2, folder)
-    own = experience(distributed.rank(), share, width=6)
+    own = experience(0, TRAIN_BATCH, width=6)
     with torch.no_grad():
         now, _ = response_logprobs(actor, own.batch)
-    # On rank 1 alone the policy is far from where it sampled.
-    own = Experience(own.batch, now - 3.0 * distributed.rank(), now, own.advantages, None, own.returns)
+    # In one row alone, which one of the ranks trains on, the policy is far from where it sampled.
+    far = torch.zeros(TRAIN_BATCH, 1)
+    far[0] = 3.0
+    own = Experience(own.batch, now - far, now, own.advantages, None, own.returns)
     models: Any = SimpleNamespace(actor=actor, critic=None)
     config = ppo_config(folder, estimator="reinforce_pp", ppo_epochs=3, target_kl=0.1)
     metrics = update(models, own, config, 0, None, None)
@@ -324,7 +341,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "sft_zero3": partial(sft_on_two_ranks_equals_one, zero_stage=3),
     "reward_zero0": partial(reward_model_on_two_ranks_equals_one, zero_stage=0),
     "reward_zero2": partial(reward_model_on_two_ranks_equals_one, zero_stage=2),
-    "whitening": whitening_counts_the_tokens_of_all_ranks,
+    "rollout": a_rollout_on_two_ranks_equals_one,
     "losses_zero0": partial(losses_do_not_depend_on_how_tokens_fall_to_ranks, zero_stage=0),
     "losses_zero3": partial(losses_do_not_depend_on_how_tokens_fall_to_ranks, zero_stage=3),
     "generation": generation_under_zero_3_does_not_wait_for_other_ranks,

@@ -257,8 +257,7 @@ def fit_has_the_gradient(name: str, folders: Folders, config: EngineConfig) -> N
     is_reward = name == "reward"
     load: Any = load_scalar_model if is_reward else load_causal_lm
     model = load(ModelConfig(path=folders[is_reward]), torch.float32, loading_options(config, config.zero_stage))
-    sizes = {"micro_batch_size": MICRO_BATCH, "train_batch_size": TRAIN_BATCH}
-    engine = train_engine(model, config, OPTIM, **sizes, total_steps=1)
+    engine = train_engine(model, config, OPTIM, train_batch_size=TRAIN_BATCH, total_steps=1)
     found = recorded(engine)
     share = len(PARTS) // distributed.world_size()
     parts = [[examples(folders)[i] for i in part] for part in PARTS[distributed.rank() * share :][:share]]
@@ -277,14 +276,14 @@ def fit_has_the_gradient(name: str, folders: Folders, config: EngineConfig) -> N
 
 
 def update_has_the_gradients(folders: Folders, engine: EngineConfig) -> None:
-    """Of actor and critic, with 42 response tokens on the first of two ranks and 61 on the other."""
+    """Of actor and critic, with unequally many response tokens on the ranks."""
     actor, critic = ModelConfig(path=folders.causal), CriticConfig(path=folders.scalar)
     config = replace(PPO, engine=engine, actor=actor, critic=critic)
     models = load_models(config, build_tokenizer(eos="<eos>"))
     found = {"actor": recorded(models.actor), "critic": recorded(models.critic)}
     own = own_share(folders)
     ptx = [collate([e.ptx for e in own[i : i + MICRO_BATCH]], PAD) for i in range(0, len(own), MICRO_BATCH)]
-    metrics = update(models, experience_of(own), config, 0, iter([ptx]), None)
+    metrics = update(models, experience_of(examples(folders)), config, 0, iter([ptx]), None)
     ppo = {name: metrics[f"ppo/{name}"] for name in ("policy_loss", "entropy", "kl_loss", "ptx_loss", "value_loss")}
     actor_loss = ppo["policy_loss"] - ENTROPY * ppo["entropy"] + KL_LOSS * ppo["kl_loss"] + PTX * ppo["ptx_loss"]
     for name, loss in (("actor", actor_loss), ("critic", ppo["value_loss"])):
@@ -299,7 +298,7 @@ def adapter_off_is_the_reference(folders: Folders, engine: EngineConfig) -> None
     optim = OptimConfig(lr=1e-2, schedule="constant", warmup_fraction=0.0)
     config = replace(PPO, actor=actor, engine=engine, actor_optim=optim, estimator="reinforce_pp")
     models = load_models(config, build_tokenizer(eos="<eos>"))
-    experience = experience_of(own_share(folders))
+    experience = experience_of(examples(folders))
     update(models, experience, config, 0, None, None)
     with torch.no_grad():
         trained, _ = response_logprobs(models.actor, experience.batch)

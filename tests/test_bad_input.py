@@ -181,8 +181,8 @@ def test_batch_sizes_count_the_ranks(refuse: Refuse, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "3")
     unit = r"train_batch_size is 8, not a multiple of micro_batch_size x GPUs \(6\): try 6"
     assert re.search(unit, refuse("step1_sft", {}))
-    changes = {"train_batch_size": 6, "rollout_batch_size": 4, "samples_per_prompt": 3}
-    assert "rollout_batch_size is 4, not a multiple of the GPUs (3): try 3" in refuse("step3_ppo", changes)
+    by_tokens = refuse("step1_sft", {"micro_batch_tokens": 4096})
+    assert "train_batch_size is 8, not a multiple of GPUs (3): try 9" in by_tokens
 
 
 def test_a_raw_deepspeed_file_must_be_a_json_object(refuse: Refuse, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from training.config import (
     OptimConfig,
     RunConfig,
     check_batch_sizes,
+    check_micro_batch_tokens,
     check_range,
 )
 from training.config_files import load_config, save_config
@@ -347,11 +348,6 @@ def test_configs_cannot_be_changed() -> None:
         load_config(TypesConfig, []).count = 3  # type: ignore[misc]
 
 
-def test_batch_sizes_give_the_number_of_micro_batches() -> None:
-    assert check_batch_sizes(32, 4, 2) == 4
-    assert check_batch_sizes(8, 8, 1) == 1
-
-
 @pytest.mark.parametrize(("total", "micro", "ranks", "nearest"), [(30, 4, 2, 32), (33, 4, 2, 32), (2, 4, 2, 8)])
 def test_batch_sizes_that_do_not_divide_are_refused(total: int, micro: int, ranks: int, nearest: int) -> None:
     message = (
@@ -359,6 +355,17 @@ def test_batch_sizes_that_do_not_divide_are_refused(total: int, micro: int, rank
     )
     with pytest.raises(ValueError, match=message):
         check_batch_sizes(total, micro, ranks)
+    check_batch_sizes(nearest, micro, ranks)
+
+
+def test_a_budget_of_tokens_divides_by_gpus_alone_and_holds_the_longest_example() -> None:
+    check_batch_sizes(6, 4, 2, micro_batch_tokens=100)
+    with pytest.raises(ValueError, match=r"train_batch_size is 7, not a multiple of GPUs \(2\): try 8"):
+        check_batch_sizes(7, 4, 2, micro_batch_tokens=100)
+    check_micro_batch_tokens(None, 10**9)
+    check_micro_batch_tokens(1024, 1024)
+    with pytest.raises(ValueError, match=r"is 1023, less than the longest example may have \(1024\)"):
+        check_micro_batch_tokens(1023, 1024)
 
 
 def test_importing_the_options_is_quick_and_loads_no_torch() -> None:

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 
 from tests.tiny_tokenizers import BOS, CHATML, EOS, IM_END, IM_START, PAD, build_tokenizer, byte_ids
 from training.config import DataConfig
-from training.data import Batch, PairBatch, collate, collate_pairs, eval_batches, num_steps, sample_index, train_batches
+from training.data import (
+    Batch,
+    PairBatch,
+    collate,
+    collate_pairs,
+    eval_batches,
+    num_steps,
+    num_tokens,
+    sample_index,
+    share_out,
+    train_batches,
+)
 from training.examples import (
     PreferenceDataset,
     PreferenceRows,
@@ -552,13 +563,58 @@ def test_the_training_order_survives_a_resume_on_another_number_of_ranks(
     assert max(counts.values()) - min(counts[number] for number in range(size)) <= 1
 
 
-def test_a_train_batch_that_does_not_divide_is_refused() -> None:
-    batches = train_batches(
-        numbered(9), collate_numbers,
-        train_batch_size=30, micro_batch_size=4, rank=0, world_size=2, seed=0, start_step=0, num_steps=1,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"train_batch_size is 30, not a multiple .* \(8\): try 32"):
-        next(batches)
+@REPEATABLE
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    world_size=st.integers(1, 5),
+    micro_batch_size=st.integers(1, 5),
+    micro_batch_tokens=st.none() | st.integers(1, 120),
+)
+def test_every_row_is_computed_once_in_equally_many_forwards_within_the_budget(
+    lengths: list[int], world_size: int, micro_batch_size: int, micro_batch_tokens: int | None
+) -> None:
+    shares = share_out(lengths, world_size, micro_batch_size, micro_batch_tokens)
+    assert len(shares) == world_size
+    assert len({len(share) for share in shares}) == 1
+    parts = [part for share in shares for part in share]
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    if micro_batch_tokens is None:
+        assert all(len(part) <= micro_batch_size for part in parts)
+        assert [row for part in parts for row in part] == list(range(len(lengths)))
+    else:
+        assert all(len(part) <= 1 or sum(lengths[row] for row in part) <= micro_batch_tokens for part in parts)
+        if len(lengths) % world_size == 0:
+            assert all(parts)  # filler would be trained on
+
+
+def test_ranks_get_about_as_many_tokens_in_as_few_forwards_as_the_budget_allows() -> None:
+    """Lengths as of a chat: 64 rows of 20 to 1,024 tokens, 4 ranks."""
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.8, 64).clip(20, 1024).astype(int).tolist()
+    shares = share_out(lengths, 4, 8, micro_batch_tokens=2048)
+    per_rank = [sum(lengths[row] for part in share for row in part) for share in shares]
+    assert len(shares[0]) <= -(-sum(lengths) // (4 * 2048)) + 1
+    assert max(per_rank) < 1.05 * sum(lengths) / 4
+    # In the order in which they come, the ranks would differ by more than twice that.
+    assert max(sum(lengths[start : start + 16]) for start in range(0, 64, 16)) > 1.1 * sum(lengths) / 4
+    # Rows of like length stand together, so little is computed for nothing where padding is not left out.
+    computed = sum(len(part) * max(lengths[row] for row in part) for share in shares for part in share)
+    assert computed < 1.25 * sum(lengths)
+
+
+def test_a_budget_leaves_the_rows_of_each_step_as_they_are() -> None:
+    options: dict[str, Any] = {"train_batch_size": 8, "micro_batch_size": 2, "seed": 0, "num_steps": 3}
+    steps = []
+    for tokens in (None, 3):
+        sizes = options | {"world_size": 2, "micro_batch_tokens": tokens}
+        steps.append([list(train_batches(numbered(20), collate_numbers, rank=rank, **sizes)) for rank in (0, 1)])
+    for step in range(3):
+        by_rows, by_tokens = (sorted(numbers_in(list(chain(*(rank[step] for rank in ranks))))) for ranks in steps)
+        assert by_rows == by_tokens
+
+
+def test_a_preference_is_as_long_as_all_its_responses() -> None:
+    assert num_tokens(([1, 2, 3], [False, True, True])) == 3
+    assert num_tokens(PreferenceRows([([1, 2], [True] * 2), ([3], [True])], 0.0)) == 3
 
 
 @REPEATABLE

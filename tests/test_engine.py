@@ -28,6 +28,7 @@ from training.engine import (
     merged,
     train_engine,
 )
+from training.export import whole
 from training.forward import response_logprobs
 from training.losses import sft_loss
 from training.models import load_causal_lm
@@ -57,10 +58,8 @@ def load(
     return load_causal_lm(config, DTYPES[engine.precision], loading_options(engine, engine.zero_stage))
 
 
-def start(
-    model: nn.Module, engine: EngineConfig = FP32, optim: OptimConfig = OPTIM, micro: int = 4, steps: int = 8
-) -> Any:
-    return train_engine(model, engine, optim, micro_batch_size=micro, train_batch_size=4, total_steps=steps)
+def start(model: nn.Module, engine: EngineConfig = FP32, optim: OptimConfig = OPTIM, steps: int = 8) -> Any:
+    return train_engine(model, engine, optim, train_batch_size=4, total_steps=steps)
 
 
 def train(engine: Any, steps: list[Batch], micro: int = 4) -> list[float]:
@@ -70,10 +69,11 @@ def train(engine: Any, steps: list[Batch], micro: int = 4) -> list[float]:
         batch = batch.to(distributed.device())
         count = batch.response_mask.sum()
         loss = torch.zeros(())
-        for index in torch.arange(len(batch)).split(micro):
+        parts = torch.arange(len(batch)).split(micro)
+        for index in parts:
             part = batch.rows(index.to(distributed.device()))
             part_loss = sft_loss(response_logprobs(engine, part)[0], part.response_mask, count)
-            backward_and_step(engine, part_loss)
+            backward_and_step(engine, part_loss, last=index is parts[-1])
             loss = loss + part_loss.detach().cpu()
         losses.append(float(loss))
     return losses
@@ -87,30 +87,30 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def test_batch_sizes_become_accumulation() -> None:
-    options = deepspeed_options(FP32, zero_stage=0, micro_batch_size=2, train_batch_size=8)
-    assert options["train_micro_batch_size_per_gpu"] == 2
+    options = deepspeed_options(FP32, zero_stage=0, train_batch_size=8)
+    assert options["train_micro_batch_size_per_gpu"] == 1
     assert options["train_batch_size"] == 8
-    assert options["gradient_accumulation_steps"] == 4
-    frozen = deepspeed_options(FP32, zero_stage=0, micro_batch_size=2)
-    assert (frozen["train_batch_size"], frozen["gradient_accumulation_steps"]) == (2, 1)
+    assert options["gradient_accumulation_steps"] == 8
+    frozen = deepspeed_options(FP32, zero_stage=0)
+    assert (frozen["train_batch_size"], frozen["gradient_accumulation_steps"]) == (1, 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_precision_switches_on_its_own_section_alone(precision: str) -> None:
     config = EngineConfig(precision=precision)  # type: ignore[arg-type]
-    options = deepspeed_options(config, zero_stage=2, micro_batch_size=1)
+    options = deepspeed_options(config, zero_stage=2)
     switched_on = [name for name in ("bf16", "fp16") if options.get(name, {}).get("enabled")]
     assert switched_on == [name for name in (precision,) if name != "fp32"]
 
 
 def test_offload_reaches_only_what_can_be_offloaded() -> None:
     config = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    trained = deepspeed_options(config, zero_stage=3, micro_batch_size=1, train_batch_size=1)["zero_optimization"]
+    trained = deepspeed_options(config, zero_stage=3, train_batch_size=1)["zero_optimization"]
     assert trained["offload_optimizer"] == trained["offload_param"] == {"device": "cpu"}
-    frozen = deepspeed_options(config, zero_stage=3, micro_batch_size=1)["zero_optimization"]
+    frozen = deepspeed_options(config, zero_stage=3)["zero_optimization"]
     assert "offload_optimizer" not in frozen
     assert frozen["offload_param"] == {"device": "cpu"}
-    whole = deepspeed_options(config, zero_stage=0, micro_batch_size=1)["zero_optimization"]
+    whole = deepspeed_options(config, zero_stage=0)["zero_optimization"]
     assert whole == {"stage": 0}
 
 
@@ -118,7 +118,7 @@ def test_a_json_file_is_laid_over_the_generated_options(tmp_path: Path) -> None:
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": {"overlap_comm": False}, "gradient_clipping": 0.5}))
     config = EngineConfig(zero_stage=2, deepspeed_config=str(file))
-    options = deepspeed_options(config, zero_stage=2, micro_batch_size=1, train_batch_size=1)
+    options = deepspeed_options(config, zero_stage=2, train_batch_size=1)
     assert options["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert options["gradient_clipping"] == 0.5
     assert options["bf16"] == {"enabled": True}
@@ -197,7 +197,7 @@ def test_the_micro_batch_size_changes_nothing(
     for micro in (1, 2, 4):
         model = load(tiny_model("qwen2"), config, lora)
         randomize_adapters(model)
-        engine = start(model, config, optim, micro=micro)
+        engine = start(model, config, optim)
         train(engine, batches(3), micro)
         assert engine.global_steps == 3
         results.append(weights(engine))
@@ -215,7 +215,7 @@ def test_bf16_keeps_float32_weights_where_a_step_is_less_than_their_rounding(zer
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     nn.init.ones_(model.weight)
     config = EngineConfig(zero_stage=zero_stage, precision="bf16")
-    engine = start(model, config, OptimConfig(lr=2e-4, schedule="constant", warmup_fraction=0.0), micro=4, steps=100)
+    engine = start(model, config, OptimConfig(lr=2e-4, schedule="constant", warmup_fraction=0.0), steps=100)
     inputs = torch.ones(1, 1, dtype=torch.bfloat16, device=distributed.device())
     for _ in range(100):
         backward_and_step(engine, engine(inputs).float().sum())
@@ -235,6 +235,28 @@ def test_in_bf16_too_the_first_step_is_adams_first(zero_stage: Any) -> None:
     backward_and_step(engine, engine(inputs).float().sum())
     # 1 - lr * decay * 1 - lr * sign(gradient), which bf16 can write
     assert float(engine(inputs)) == 0.75
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_no_weight(zero_stage: Any, precision: Any) -> None:
+    model = nn.Linear(3, 2).to(DTYPES[precision])
+    engine = start(model, EngineConfig(zero_stage=zero_stage, precision=precision))
+    inputs = torch.ones(4, 3, dtype=DTYPES[precision], device=distributed.device())
+
+    def weight() -> Tensor:
+        with whole(model.weight):
+            return model.weight.detach().clone()
+
+    assert backward_and_step(engine, engine(inputs).float().sum())
+    before, rate = weight(), engine.get_lr()
+    for bad in (math.nan, math.inf):
+        assert not backward_and_step(engine, engine(inputs * bad).float().sum())
+        assert torch.equal(weight(), before)
+        assert engine.get_lr() == rate
+    assert backward_and_step(engine, engine(inputs).float().sum())
+    assert weight().isfinite().all()
+    assert not torch.equal(weight(), before)
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_weights(tiny_model: Callable[[str], str]) -> None:
@@ -298,7 +320,7 @@ def test_evaluation_switches_adapter_dropout_off_and_back_on(tiny_model: Callabl
 
 def test_a_frozen_engine_has_no_gradient_and_no_optimizer(tiny_model: Callable[[str], str]) -> None:
     """F8"""
-    engine = frozen_engine(load(tiny_model("llama")), FP32, micro_batch_size=2)
+    engine = frozen_engine(load(tiny_model("llama")), FP32)
     assert not any(parameter.requires_grad for parameter in engine.module.parameters())
     assert not engine.module.training
     batch = batches(1)[0].to(distributed.device())

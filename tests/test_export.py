@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.test_models import randomize_adapters
 from tests.tiny_models import save_tiny_reward_model
 from tests.tiny_tokenizers import NUM_SPECIAL, VOCAB_SIZE, build_tokenizer
-from training.checkpoint import export
+from training.export import export
 from training.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from training.engine import DTYPES, backward_and_step, loading_options, train_engine
 from training.models import SCORE_FILE, holds_adapter, load_causal_lm, load_scalar_model
@@ -30,7 +30,7 @@ ARCHITECTURES = ["llama", "qwen2", "gpt2", "gpt_neox", "opt"]  # llama, gpt2 and
 
 def start(model: Any, config: EngineConfig = FP32) -> Any:
     optim = OptimConfig(lr=0.01, warmup_fraction=0.0)
-    return train_engine(model, config, optim, micro_batch_size=2, train_batch_size=2, total_steps=10)
+    return train_engine(model, config, optim, train_batch_size=2, total_steps=10)
 
 
 def trained_causal_lm(source: ModelConfig, config: EngineConfig = FP32) -> Any:

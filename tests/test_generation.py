@@ -146,7 +146,7 @@ def test_new_weights_are_used_after_a_step(
     loaded = load_causal_lm(ModelConfig(path=tiny_model("llama"), lora=lora), torch.float32)
     randomize_adapters(loaded)
     optim = OptimConfig(lr=0.03, warmup_fraction=0.0)
-    engine = train_engine(loaded, config, optim, micro_batch_size=1, train_batch_size=1, total_steps=10)
+    engine = train_engine(loaded, config, optim, train_batch_size=1, total_steps=10)
     device = next(engine.module.parameters()).device
     generator = BACKENDS[backend](lambda: generation_mode(engine), Endings.of([EOS]), batch_size=8)
     before = generator.generate(PROMPTS, GREEDY, SEEDS)
@@ -450,7 +450,7 @@ def test_deepspeed_lays_the_weights_of_a_layer_side_by_side(
     config = EngineConfig(zero_stage=zero_stage, precision=precision)
     loaded = load_causal_lm(ModelConfig(path=tiny_model(architecture)), torch.float32)
     optim = OptimConfig(lr=0.03, warmup_fraction=0.0)
-    engine = train_engine(loaded, config, optim, micro_batch_size=1, train_batch_size=1, total_steps=10)
+    engine = train_engine(loaded, config, optim, train_batch_size=1, total_steps=10)
     for layer in engine.module.model.layers:
         attention = layer.self_attn
         for parts in (attention.q_proj, attention.k_proj, attention.v_proj), (layer.mlp.gate_proj, layer.mlp.up_proj):

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from step1_sft.train import demonstration_loss
 from step2_reward.train import preference_loss
-from step3_ppo.ppo import actor_loss, critic_loss
+from step3_ppo.ppo import actor_loss, critic_loss, ptx_loss
 from tests.invariance_checks import (
     CENTRING,
     CHECKS,
     LENGTHS,
     PPO,
+    PTX,
     SCALAR,
     Example,
     Folders,
@@ -86,7 +87,7 @@ def actor(model: Any, data: list[Example], denominators: Tensor, layout: Layout)
     micro = replace(micro, batch=layout.change(micro.batch))
     ptx = layout.batch([example.ptx for example in data])
     models: Any = SimpleNamespace(actor=model)
-    return actor_loss(models, micro, PPO, denominators[0], ptx, denominators[1])[0]
+    return actor_loss(models, micro, PPO, denominators[0])[0] + PTX * ptx_loss(models, ptx, denominators[1])
 
 
 def critic(model: Any, data: list[Example], denominators: Tensor, layout: Layout) -> Tensor:

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tiny_tokenizers import EOS, NUM_SPECIAL, PAD, VOCAB_SIZE
@@ -14,7 +16,7 @@ from training.config import EngineConfig, ModelConfig, OptimConfig, RunConfig
 from training.data import Batch, collate
 from training.engine import train_engine
 from training.forward import response_logprobs
-from training.loop import fit, peak_memory_gib
+from training.loop import SkippedSteps, fit, skipped_steps
 from training.losses import sft_loss
 from training.metrics import MetricsLogger
 from training.models import load_causal_lm
@@ -53,7 +55,7 @@ def run(
     """Fit one batch several times; the lines of metrics.jsonl and the final weights."""
     optim = OptimConfig(lr=lr, eps=eps, schedule="constant", warmup_fraction=0.0)
     model = load_causal_lm(ModelConfig(path=path), torch.float32)
-    engine = train_engine(model, FP32, optim, micro_batch_size=micro_batch_size, train_batch_size=4, total_steps=steps)
+    engine = train_engine(model, FP32, optim, train_batch_size=4, total_steps=steps)
     logger = MetricsLogger(folder, steps, RunConfig(output_dir=str(folder)), is_main=True)
     settings: dict[str, Any] = {"log_every": 1, "evaluate": dict, **options}
     data = [micro_batches(micro_batch_size) for _ in range(steps)]
@@ -137,7 +139,7 @@ def test_a_step_in_which_nothing_counts_changes_no_weight(tmp_path: Path, tiny_m
     model = load_causal_lm(ModelConfig(path=path), torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optim = OptimConfig(lr=0.1, warmup_fraction=0.0)
-    engine = train_engine(model, FP32, optim, micro_batch_size=4, train_batch_size=4, total_steps=2)
+    engine = train_engine(model, FP32, optim, train_batch_size=4, total_steps=2)
     logger = MetricsLogger(tmp_path, 1, RunConfig(output_dir=str(tmp_path)), is_main=True)
     filler = [batch.as_filler() for batch in micro_batches(4)]
     fit(engine, [filler], loss_fn, lambda batch: batch.response_mask.sum(), logger, log_every=1, evaluate=lambda: {})
@@ -145,5 +147,47 @@ def test_a_step_in_which_nothing_counts_changes_no_weight(tmp_path: Path, tiny_m
     assert all(torch.equal(parameter.cpu(), before[name]) for name, parameter in engine.module.named_parameters())
 
 
-def test_peak_memory_is_that_of_a_process_with_torch() -> None:
-    assert 0.05 < peak_memory_gib() < 200
+# Steps whose gradient is not finite
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_kept_for_a_look(
+    tmp_path: Path, tiny_model: Callable[[str], str]
+) -> None:
+    broken = {2, 3}
+    seen: list[int] = []
+
+    def breaks(engine: Any, batch: Batch, denominator: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        seen.append(1)
+        loss, extra = loss_fn(engine, batch, denominator)
+        return loss * (torch.nan if (len(seen) + 1) // 2 in broken else 1.0), extra
+
+    path = tiny_model("llama")
+    model = load_causal_lm(ModelConfig(path=path), torch.float32)
+    optim = OptimConfig(lr=0.01, schedule="constant", warmup_fraction=0.0)
+    engine = train_engine(model, FP32, optim, train_batch_size=4, total_steps=9)
+    logger = MetricsLogger(tmp_path, 4, RunConfig(output_dir=str(tmp_path)), is_main=True)
+    skipped = SkippedSteps(2, tmp_path / "skipped")
+    options: dict[str, Any] = {"log_every": 1, "evaluate": dict, "skipped": skipped}
+    count = lambda batch: batch.response_mask.sum()  # noqa: E731
+    fit(engine, [micro_batches(2) for _ in range(4)], breaks, count, logger, **options)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped"] for line in lines] == [0.0, 1.0, 1.0, 0.0]
+    assert engine.optimizer.param_groups[0]["lr"] == 0.01
+    assert skipped.in_a_row == 0
+    kept = load_file(tmp_path / "skipped" / "step-000002-rank-00000.safetensors")
+    assert torch.equal(kept["1/input_ids"], micro_batches(2)[1].input_ids)
+
+    broken |= set(range(5, 9))
+    with pytest.raises(RuntimeError, match=r"3 steps in a row had a gradient that is not finite.*skipped"):
+        fit(engine, [micro_batches(2) for _ in range(4)], breaks, count, logger, start_step=4, **options)
+    logger.close()
+    assert all(parameter.isfinite().all() for parameter in engine.module.parameters())
+
+
+def test_fp16_may_leave_out_more_steps_while_its_loss_scale_falls() -> None:
+    run = RunConfig(output_dir="unused", max_skipped_steps=3)
+    limits = [
+        skipped_steps(SimpleNamespace(run=run, engine=EngineConfig(precision=precision))).limit  # type: ignore[arg-type]
+        for precision in ("bf16", "fp16")
+    ]
+    assert limits == [3, 23]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from step2_reward.config import RewardConfig
 from step2_reward.evaluate import Comparisons, compare_held_out, normalization
 from step2_reward.train import preference_loss, results_of
-from training.checkpoint import export
+from training.export import export
 from training.config import DataConfig, ModelConfig, RunConfig
 from training.data import collate_pairs, num_steps
 from training.examples import PreferenceDataset, PreferenceRows
@@ -131,12 +131,12 @@ def test_a_saved_reward_model_gives_the_held_out_responses_mean_0_and_deviation_
     data = PreferenceDataset([PreferenceRows(rows[n : n + 2], 0.0) for n in range(0, 40, 2)])  # type: ignore[arg-type]
     source = ModelConfig(path=tiny_reward_model("llama"))
     model = load_scalar_model(source, torch.float32)
-    raw = compare_held_out(model, data, COLLATE, 4)
+    raw = compare_held_out(model, data, COLLATE, micro_batch_size=4)
     assert abs(statistics.fmean(raw.chosen + raw.rejected)) > 0.01
     model.gain, model.bias = normalization(raw, model.gain, model.bias)
     export(SimpleNamespace(module=model), tmp_path / "final", load_tokenizer(source), source)
     again = load_scalar_model(ModelConfig(path=str(tmp_path / "final")), torch.float32)
-    found = compare_held_out(again, data, COLLATE, 3)
+    found = compare_held_out(again, data, COLLATE, micro_batch_size=3)
     assert statistics.fmean(found.chosen + found.rejected) == pytest.approx(0, abs=1e-5)
     assert statistics.pstdev(found.chosen + found.rejected) == pytest.approx(1, abs=1e-5)
 
@@ -176,7 +176,8 @@ COLLATE = partial(collate_pairs, pad_id=99)
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
 def test_every_held_out_pair_is_scored_once(micro_batch_size: int) -> None:
     """R5"""
-    found = compare_held_out(ScoresLastId(), PreferenceDataset([PAIR, RANKING]), COLLATE, micro_batch_size)
+    data = PreferenceDataset([PAIR, RANKING])
+    found = compare_held_out(ScoresLastId(), data, COLLATE, micro_batch_size=micro_batch_size)
     assert found.chosen == pytest.approx([0.5, 0.3, 0.3, 0.7])
     assert found.rejected == pytest.approx([0.2, 0.7, 0.1, 0.1])
     assert found.length_differences == [1, -2, -1, 1]

@@ -46,15 +46,25 @@ def holds_json_object(path: Path) -> bool:
         return False
 
 
-def check_batch_sizes(train_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """The number of micro-batches that each GPU adds up in one optimizer step."""
-    unit = micro_batch_size * world_size
+def check_batch_sizes(
+    train_batch_size: int, micro_batch_size: int, world_size: int, micro_batch_tokens: int | None = None
+) -> None:
+    """Refuses a batch that does not give every GPU equally many micro-batches, or rows where tokens make them up."""
+    unit, name = micro_batch_size * world_size, "micro_batch_size x GPUs"
+    if micro_batch_tokens is not None:
+        unit, name = world_size, "GPUs"
     if train_batch_size < 1 or unit < 1 or train_batch_size % unit:
         nearest = max(1, (train_batch_size + unit // 2) // max(1, unit)) * unit
+        raise ValueError(f"train_batch_size is {train_batch_size}, not a multiple of {name} ({unit}): try {nearest}")
+
+
+def check_micro_batch_tokens(micro_batch_tokens: int | None, longest: int) -> None:
+    """Refuses a budget that the longest example, of `longest` tokens, may not fit into."""
+    if micro_batch_tokens is not None and micro_batch_tokens < longest:
         raise ValueError(
-            f"train_batch_size is {train_batch_size}, not a multiple of micro_batch_size x GPUs ({unit}): try {nearest}"
+            f"micro_batch_tokens is {micro_batch_tokens}, less than the longest example may have ({longest}): raise "
+            "it, or lower the limits of prompts and responses"
         )
-    return train_batch_size // unit
 
 
 def check_held_out(data: "DataConfig") -> None:
@@ -149,6 +159,11 @@ class DataConfig:
         check_range(self, "eval_size", "seed", low=0)
         check_range(self, "max_prompt_tokens", "max_response_tokens", "max_examples", low=1)
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its response may have."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -223,10 +238,25 @@ class RunConfig:
     wandb_project: str | None = None
     """Also sends the metrics to this project on Weights & Biases."""
     timeout_minutes: float = 30.0
-    """How long a process waits for the others before the run ends with an error."""
+    """How long a process waits for the others, and how long a phase of a step may take, before the run ends with an
+    error that names the process that is behind."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0 saves by time alone. A run that is asked to stop saves in any case."""
+    save_minutes: float = 30.0
+    """Minutes between two checkpoints; 0 saves by steps alone. Each needs 12 bytes of disk for every trained weight."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, beside the one with the best evaluation."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest good checkpoint of `output_dir`, if there is one; never begins anew."""
+    allow_changes: bool = False
+    """Go on from a checkpoint also where options differ from those of the run that saved it."""
+    max_skipped_steps: int = 5
+    """Steps in a row whose gradient may be infinite or nan, and which are left out, before the run ends; with fp16 20
+    more, as its loss scale falls."""
 
     def __post_init__(self) -> None:
         check_not_empty(self, "output_dir")
         check_range(self, "seed", "eval_every", low=0)
-        check_range(self, "log_every", low=1)
+        check_range(self, "log_every", "keep_checkpoints", low=1)
+        check_range(self, "save_every", "save_minutes", "max_skipped_steps", low=0)
         check_positive(self, "timeout_minutes")

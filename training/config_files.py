@@ -81,6 +81,7 @@ def load_config(
         for path in files:
             given |= read_yaml(path, options)
         given |= settings
+        check_passwords(given)
         flags = [flag for name, setting in given.items() for flag in as_flags(name, setting, options[name])]
         missing = [name for name, option in options.items() if option.required and name not in given]
         if missing:
@@ -111,7 +112,7 @@ def save_config(config: Any, path: str | Path) -> None:
 def refuse(message: str) -> NoReturn:
     """Ends the program with code 2 and a sentence for the user, printed once per machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}\n(--help lists every option)", file=sys.stderr)
+        print(f"error: {hide_passwords(message)}\n(--help lists every option)", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -190,6 +191,7 @@ def walk_yaml(node: yaml.Node, prefix: str, path: str, options: Mapping[str, Opt
     if not isinstance(node, yaml.MappingNode):
         line = f"{path}:{node.start_mark.line + 1}"
         raise ValueError(f"{line}: {prefix.rstrip('.') or 'the file'} needs `name: value` lines, not a single value")
+    check_tag(node, f"{path}:{node.start_mark.line + 1}: {prefix.rstrip('.') or 'the file'}", "map")
     for key, value in node.value:
         source = f"{path}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
@@ -217,6 +219,8 @@ def yaml_texts(node: yaml.Node, source: str, name: str, option: Option) -> list[
     else:
         form = "`name: value` lines, or {} for none" if option.container is dict else "a list, as in [a, b]"
         raise ValueError(f"{source}: {name} needs {form}")
+    if option.container is not None:
+        check_tag(node, f"{source}: {name}", "map", "seq")
     where = f"{source}: {name}" if option.container is None else f"{source}: a part of {name}"
     return [scalar_text(child, where, option) for child in children]
 
@@ -226,11 +230,16 @@ def scalar_text(node: yaml.Node, where: str, option: Option) -> str:
     if not isinstance(node, yaml.ScalarNode) or is_null(node):
         found = "empty" if is_null(node) else "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
         raise ValueError(f"{where} is {found}: it needs {option.needs}")
-    if kind not in ("str", "int", "float", "bool", "timestamp"):
-        raise ValueError(f"{where} has the tag {node.tag}: only plain values are read")
+    check_tag(node, where, "str", "int", "float", "bool", "timestamp")
     if kind == "bool" and bool in option.choices:
         return str(node.value.lower() in ("true", "yes", "on"))
     return node.value
+
+
+def check_tag(node: yaml.Node, where: str, *allowed: str) -> None:
+    """Refuses a tag of other than plain YAML, such as !!python/object, which some readers make an object of."""
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in allowed:
+        raise ValueError(f"{where} has the tag {node.tag}: only plain values are read")
 
 
 def is_null(node: yaml.Node) -> bool:
@@ -249,6 +258,22 @@ def check_name(name: str, options: Mapping[str, Option], where: str = "") -> Non
     nearest = difflib.get_close_matches(name, same, 1, cutoff=0) or difflib.get_close_matches(name, options, 1)
     hint = f": did you mean {nearest[0]}?" if nearest else ""
     raise ValueError(f"{where}there is no option {name}{hint}")
+
+
+def check_passwords(given: Mapping[str, Setting]) -> None:
+    """Refuses an address with a user name or password in it: a run writes its options into files that are passed on."""
+    for name, setting in given.items():
+        for value in setting.values:
+            if hide_passwords(value) != value:
+                raise ValueError(
+                    f"{name} is {value!r} ({setting.source}), which holds a user name or password that the run's files "
+                    "would show: leave it out; the hub's token goes into the variable HF_TOKEN"
+                )
+
+
+def hide_passwords(text: str) -> str:
+    """`text` without what stands before the @ of an address: https://user:password@host."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def as_flags(name: str, setting: Setting, option: Option) -> list[str]:

@@ -27,6 +27,17 @@ class Batch:
         return self.input_ids.shape[0]
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row that are not padding."""
+        return self.attention_mask.sum(1).tolist()
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Tokens and response tokens of each row."""
+        counts = torch.stack([self.attention_mask.sum(1), self.response_mask.sum(1)], dim=1)
+        return [(tokens, response) for tokens, response in counts.tolist()]
+
+    @property
     def num_response_tokens(self) -> int:
         """How many tokens `response_mask` selects."""
         return int(self.response_mask.sum())
@@ -120,11 +131,6 @@ def collate_pairs(items: Sequence[PreferenceRows], pad_id: int, pad_to_multiple:
     )
 
 
-def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """Consecutive parts of at most `size` rows, each as narrow as its longest row."""
-    return [batch.rows(index) for index in torch.arange(len(batch)).split(size)]
-
-
 def num_steps(num_examples: int, train_batch_size: int, epochs: float, max_steps: int | None = None) -> int:
     """Optimizer steps that show every example `epochs` times; the last one is filled up from the next epoch."""
     steps = max(1, math.ceil(num_examples * epochs / train_batch_size))
@@ -160,25 +166,18 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     num_steps: int,
+    micro_batch_tokens: int | None = None,
 ) -> Iterator[list[BatchType]]:
     """Yield this rank's micro-batches for each of the steps `start_step` to `num_steps` - 1.
 
-    Step s takes the positions s * train_batch_size onwards of the training order. They are cut into micro-batches, of
-    which each rank gets an equal number of consecutive ones: more ranks share out the same micro-batches.
+    Step s takes the positions s * train_batch_size onwards of the training order. Their micro-batches are those of
+    `share_out`: more ranks share out the same rows.
     """
-    if train_batch_size % (micro_batch_size * world_size):
-        unit = micro_batch_size * world_size
-        raise ValueError(
-            f"train_batch_size is {train_batch_size}, not a multiple of micro_batch_size x GPUs ({unit}): "
-            f"try {-(-train_batch_size // unit) * unit}"
-        )
-    share = train_batch_size // world_size
     for step in range(start_step, num_steps):
-        first = step * train_batch_size + rank * share
-        yield [
-            collate_fn([dataset[sample_index(start + i, len(dataset), seed)] for i in range(micro_batch_size)])
-            for start in range(first, first + share, micro_batch_size)
-        ]
+        positions = range(step * train_batch_size, (step + 1) * train_batch_size)
+        items = [dataset[sample_index(position, len(dataset), seed)] for position in positions]
+        shares = share_out([num_tokens(item) for item in items], world_size, micro_batch_size, micro_batch_tokens)
+        yield [collate_fn([items[row] for row in part]) for part in shares[rank]]
 
 
 def eval_batches(
@@ -188,16 +187,70 @@ def eval_batches(
     micro_batch_size: int,
     rank: int,
     world_size: int,
+    micro_batch_tokens: int | None = None,
 ) -> Iterator[BatchType]:
-    """Yield this rank's part of the data, in order: each item once over all ranks, equally many batches on each.
+    """Yield this rank's part of the data: each item once over all ranks, equally many batches on each.
 
     Ranks that run out yield filler, a batch in which nothing counts, because a collective needs every rank.
     """
-    starts = range(0, len(dataset), micro_batch_size)
-    for turn in range(0, len(starts), world_size):
-        if turn + rank < len(starts):
-            start = starts[turn + rank]
-            end = min(start + micro_batch_size, len(dataset))
-            yield collate_fn([dataset[index] for index in range(start, end)])
-        else:
-            yield collate_fn([dataset[0]]).as_filler()
+    lengths = [num_tokens(dataset[index]) for index in range(len(dataset))]
+    for part in share_out(lengths, world_size, micro_batch_size, micro_batch_tokens)[rank]:
+        yield collate_fn([dataset[index] for index in part]) if part else collate_fn([dataset[0]]).as_filler()
+
+
+def share_out(
+    lengths: Sequence[int], world_size: int, micro_batch_size: int, micro_batch_tokens: int | None = None
+) -> list[list[list[int]]]:
+    """Which rows each rank computes together: [rank][micro-batch], row numbers.
+
+    Every row is computed once, and every rank has equally many micro-batches, of which the last may be empty where the
+    rows do not suffice. All ranks get the same answer without asking each other.
+
+    Args:
+        lengths: tokens of each row.
+        micro_batch_size: rows of a micro-batch, which are then consecutive, if there is no budget of tokens.
+        micro_batch_tokens: most tokens of a micro-batch: as few micro-batches as that allows, each of rows of like
+            length, all of about as many tokens. A row that is longer stands alone.
+    """
+    rows = len(lengths)
+    if micro_batch_tokens is None:
+        parts = [list(range(start, min(start + micro_batch_size, rows))) for start in range(0, rows, micro_batch_size)]
+        per_rank = -(-len(parts) // world_size)
+        parts += [[] for _ in range(per_rank * world_size - len(parts))]
+        return [parts[rank * per_rank : (rank + 1) * per_rank] for rank in range(world_size)]
+    longest_first = sorted(range(rows), key=lambda row: -lengths[row])
+    per_rank = max(1, -(-sum(lengths) // (micro_batch_tokens * world_size)))
+    parts = _even_parts(longest_first, lengths, per_rank * world_size)
+    while any(len(part) > 1 and sum(lengths[row] for row in part) > micro_batch_tokens for part in parts):
+        per_rank += 1
+        parts = _even_parts(longest_first, lengths, per_rank * world_size)
+    shares: list[list[list[int]]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for part in sorted(parts, key=lambda part: -sum(lengths[row] for row in part)):
+        lightest = min((rank for rank in range(world_size) if len(shares[rank]) < per_rank), key=loads.__getitem__)
+        shares[lightest].append(part)
+        loads[lightest] += sum(lengths[row] for row in part)
+    return [share + [[] for _ in range(per_rank - len(share))] for share in shares]
+
+
+def num_tokens(item: Row | PreferenceRows) -> int:
+    """Tokens of a row, or of all rows that are compared."""
+    rows = item.rows if isinstance(item, PreferenceRows) else [item]
+    return sum(len(np.asarray(ids)) for ids, _ in rows)
+
+
+def _even_parts(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`rows`, in their order, in `count` parts of about as many tokens; one part for each row if they are fewer."""
+    parts: list[list[int]] = []
+    left, tokens_left = list(rows), sum(lengths[row] for row in rows)
+    for parts_left in range(min(count, len(rows)), 0, -1):
+        taken, tokens = 0, 0
+        # Every part takes a row at least and leaves as many for those to come.
+        while taken == 0 or len(left) - taken > parts_left - 1:
+            if taken and parts_left > 1 and tokens + lengths[left[taken]] / 2 > tokens_left / parts_left:
+                break
+            tokens += lengths[left[taken]]
+            taken += 1
+        parts.append(left[:taken])
+        left, tokens_left = left[taken:], tokens_left - tokens
+    return parts

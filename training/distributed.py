@@ -19,6 +19,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from training.untrusted import check_versions
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # DeepSpeed reads these as long as it runs, so `stop` takes back what `start` has set: a child would join this group.
 _set_by_start: list[str] = []
@@ -50,6 +52,7 @@ def start(timeout_minutes: float) -> None:
     Args:
         timeout_minutes: how long a rank waits for the others before it gives up with an error.
     """
+    check_versions()
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -101,6 +104,12 @@ def local_rank() -> int:
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0
+
+
+def announce(sentence: str) -> None:
+    """Prints a line for a person, on the main process."""
+    if is_main():
+        print(sentence, flush=True)
 
 
 def device() -> torch.device:

@@ -116,6 +116,21 @@ def cut_lines(path: Path, num_bytes: int) -> None:
         os.close(descriptor)
 
 
+def replace_folder(written: Path, folder: Path) -> None:
+    """Gives a folder that is fully written its name; an older one of that name goes when the new one is in place."""
+    for file in sorted(written.rglob("*")):
+        sync(file)
+    sync(written)
+    old = folder.with_name(f".old-{folder.name}")
+    if os.path.lexists(old):
+        remove_tree(old)
+    if os.path.lexists(folder):
+        rename(folder, old)
+    rename(written, folder)
+    if os.path.lexists(old):
+        remove_tree(old)
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write to the disk of `folder`, which need not exist yet."""
     while not folder.exists():

@@ -20,18 +20,14 @@ from training.optim import adamw, lr_lambda, parameter_groups
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def deepspeed_options(
-    config: EngineConfig, *, zero_stage: int, micro_batch_size: int, train_batch_size: int | None = None
-) -> dict:
+def deepspeed_options(config: EngineConfig, *, zero_stage: int, train_batch_size: int | None = None) -> dict:
     """The DeepSpeed configuration that `config` stands for.
 
     Args:
         config: precision, offload and clipping; its `deepspeed_config` file is merged over the result.
         zero_stage: 0 to 3; given apart from `config` because frozen models know only 0 and 3.
-        micro_batch_size: rows of one forward on one GPU.
         train_batch_size: rows of one optimizer step over all GPUs; None for a model that is not trained.
     """
-    unit = micro_batch_size * world_size()
     zero: dict = {"stage": zero_stage}
     if config.offload_optimizer and train_batch_size is not None:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -40,9 +36,10 @@ def deepspeed_options(
     if zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 10_000
     options = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "train_batch_size": train_batch_size or unit,
-        "gradient_accumulation_steps": (train_batch_size or unit) // unit,
+        # For DeepSpeed's own counts only: micro-batches are cut here, and `backward_and_step` says which is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": train_batch_size or world_size(),
+        "gradient_accumulation_steps": (train_batch_size or world_size()) // world_size(),
         "gradient_clipping": config.gradient_clipping,
         "zero_optimization": zero,
         # The optimizer is a torch one on every device, so that no compiler is needed to start.
@@ -67,7 +64,7 @@ def merged(base: dict, over: dict) -> dict:
 
 def loading_options(config: EngineConfig, zero_stage: int) -> dict | None:
     """What a loader needs to split weights over ranks while they are read: the ZeRO-3 options, else None."""
-    return deepspeed_options(config, zero_stage=3, micro_batch_size=1) if zero_stage == 3 else None
+    return deepspeed_options(config, zero_stage=3) if zero_stage == 3 else None
 
 
 def train_engine(
@@ -75,7 +72,6 @@ def train_engine(
     config: EngineConfig,
     optim: OptimConfig,
     *,
-    micro_batch_size: int,
     train_batch_size: int,
     total_steps: int,
 ) -> deepspeed.DeepSpeedEngine:
@@ -83,19 +79,17 @@ def train_engine(
     model.train()  # loaders leave it in eval mode, which switches gradient checkpointing and adapter dropout off
     optimizer = adamw(parameter_groups(model, optim.weight_decay), optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda(optim, total_steps))
-    options = deepspeed_options(
-        config, zero_stage=config.zero_stage, micro_batch_size=micro_batch_size, train_batch_size=train_batch_size
-    )
+    options = deepspeed_options(config, zero_stage=config.zero_stage, train_batch_size=train_batch_size)
     engine = _initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=options)
     _undo_first_step(engine.optimizer)
     return engine
 
 
-def frozen_engine(model: nn.Module, config: EngineConfig, micro_batch_size: int) -> deepspeed.DeepSpeedEngine:
+def frozen_engine(model: nn.Module, config: EngineConfig) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine without an optimizer: split over ranks at ZeRO-3, a full copy on each otherwise."""
     model.eval().requires_grad_(False)
     stage = frozen_zero_stage(config)
-    options = deepspeed_options(config, zero_stage=stage, micro_batch_size=micro_batch_size)
+    options = deepspeed_options(config, zero_stage=stage)
     return _initialize(model=model, config=options)
 
 
@@ -119,15 +113,35 @@ def frozen_zero_stage(config: EngineConfig) -> int:
     return 3 if config.zero_stage == 3 else 0
 
 
-def backward_and_step(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+def backward_and_step(
+    engine: deepspeed.DeepSpeedEngine,
+    loss: torch.Tensor,
+    *,
+    last: bool = True,
+    stepping: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008 (holds nothing)
+) -> bool:
     """Add one micro-batch's gradient; the last micro-batch of a step also updates the weights.
 
     Args:
         loss: scalar, a sum over this micro-batch divided by the count of the whole step over all ranks. DeepSpeed
             averages gradients over ranks, so the loss is multiplied by their number to make that a sum.
+        last: whether no other micro-batch of this step follows. All ranks say the same.
+        stepping: entered while the weights are updated, for whoever takes the time of that.
+
+    Returns: False where the step's gradient was not finite, and the weights stay as they are. The same on all ranks.
     """
+    engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss * world_size(), scale_wrt_gas=False)
-    engine.step()
+    if not last:
+        return True
+    with stepping:
+        if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in float32, where DeepSpeed does not look
+            gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+            if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                engine.zero_grad()
+                return False
+        engine.step()
+    return engine.was_step_applied()
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:

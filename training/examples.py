@@ -129,6 +129,20 @@ def build_prompts(
     return _build(config, tokenizer, "prompt", prompt)
 
 
+def digest(examples: TokenizedDataset | PreferenceDataset | Sequence[PromptExample]) -> str:
+    """Hexadecimal digest of what a model reads of the examples, in their order."""
+    result = hashlib.sha256()
+    for example in (examples[index] for index in range(len(examples))):
+        if isinstance(example, PromptExample):
+            rows: list[Row] = [(example.prompt_ids, [])]
+        else:
+            rows = example.rows if isinstance(example, PreferenceRows) else [example]
+        for ids, mask in rows:
+            result.update(np.asarray(ids, np.int32).tobytes() + b"|" + np.asarray(mask, np.bool_).tobytes() + b";")
+        result.update(b".")
+    return result.hexdigest()
+
+
 def describe_counts(counts: Mapping[str, int]) -> str:
     """One line for a person: how many records there were, and what became of them."""
     rest = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and "_" in name]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.config import ModelConfig
 from training.distributed import barrier, is_main
+from training.durable import replace_folder
 from training.models import SCORE_FILE, ScalarModel, holds_adapter, load_merged
 
 
@@ -50,8 +51,7 @@ def export(
         tokenizer.save_pretrained(partial)
         if scalar:
             (partial / SCORE_FILE).write_text(json.dumps({"gain": scalar.gain, "bias": scalar.bias}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        replace_folder(partial, folder)
     barrier()
 
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from training.data import Batch
+from training.head import Choices, run_with_choices
 from training.logprobs import (
-    choice_entropy,
-    choice_logprobs,
     choices,
     last_token_scores,
     token_entropy,
@@ -34,9 +33,11 @@ def response_logprobs(
     if packs(model):
         packed = PackedBatch(batch.input_ids, batch.attention_mask)
         chosen, before = choices(batch.response_mask)
-        logits = model(**packed.inputs, logits_to_keep=packed.number_of(before), use_cache=False).logits[0]
-        own = packed.unpack(choice_logprobs(logits, batch.input_ids.flatten()[chosen], temperature), chosen)
-        return own, packed.unpack(choice_entropy(logits, temperature), chosen) if with_entropy else None
+        asked = Choices(batch.input_ids.flatten()[chosen], temperature, with_entropy)
+        inputs = packed.inputs | {"logits_to_keep": packed.number_of(before), "use_cache": False}
+        numbers = run_with_choices(model, asked, **inputs)
+        logprobs, *entropy = (packed.unpack(column, chosen) for column in numbers.unbind(1))
+        return logprobs, entropy[0] if with_entropy else None
     columns = batch.response_mask.any(0)
     first = int(columns.int().argmax()) if columns.any() else columns.shape[0] - 1
     time = batch.input_ids.shape[1]

@@ -157,16 +157,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """d logprob / d logits = (onehot(target) - softmax) / temperature"""
         logits, targets = ctx.saved_tensors
-        logits_gradient = torch.zeros_like(logits)
-        for row, positions, chunk in _chunks(logits, targets.shape[1], ctx.temperature, gradient):
-            scale = gradient[row, positions, None] / ctx.temperature
-            chunk_gradient = chunk.softmax(dim=-1).mul_(-scale)
-            chunk_gradient.scatter_add_(-1, targets[row, positions, None], scale)
-            # fill, not the multiplication above: 0 * nan is nan
-            logits_gradient[row, positions] = chunk_gradient.masked_fill_(scale == 0, 0.0)
-        return logits_gradient, None, None
+        return logprobs_backward(logits, targets, ctx.temperature, gradient), None, None
 
 
 class _TokenEntropy(torch.autograd.Function):
@@ -185,14 +177,42 @@ class _TokenEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """d entropy / d logits = -softmax * (log softmax + entropy) / temperature"""
         (logits,) = ctx.saved_tensors
-        logits_gradient = torch.zeros_like(logits)
-        for row, positions, chunk in _chunks(logits, gradient.shape[1], ctx.temperature, gradient):
-            scale = gradient[row, positions, None] / ctx.temperature
-            chunk_gradient = -chunk.softmax(dim=-1) * (_finite_log_softmax(chunk) + _entropy(chunk)) * scale
-            logits_gradient[row, positions] = chunk_gradient.masked_fill_(scale == 0, 0.0)
-        return logits_gradient, None, None
+        return entropy_backward(logits, ctx.temperature, gradient), None, None
+
+
+def logprobs_backward(logits: Tensor, targets: Tensor, temperature: float, gradient: Tensor) -> Tensor:
+    """Gradient of the logits from that of the log-probabilities of the tokens that the first ones chose.
+
+        d logprob / d logits = (onehot(target) - softmax) / temperature
+
+    Args:
+        logits: [batch, kept, vocab], any float type.
+        targets, gradient: [batch, count], count at most `kept`; where the gradient is 0, logits are not read.
+
+    Returns: as `logits`.
+    """
+    logits_gradient = torch.zeros_like(logits)
+    for row, positions, chunk in _chunks(logits, targets.shape[1], temperature, gradient):
+        scale = gradient[row, positions, None] / temperature
+        chunk_gradient = chunk.softmax(dim=-1).mul_(-scale)
+        chunk_gradient.scatter_add_(-1, targets[row, positions, None], scale)
+        # fill, not the multiplication above: 0 * nan is nan
+        logits_gradient[row, positions] = chunk_gradient.masked_fill_(scale == 0, 0.0)
+    return logits_gradient
+
+
+def entropy_backward(logits: Tensor, temperature: float, gradient: Tensor) -> Tensor:
+    """As `logprobs_backward`, from the gradient of the entropies.
+
+    d entropy / d logits = -softmax * (log softmax + entropy) / temperature
+    """
+    logits_gradient = torch.zeros_like(logits)
+    for row, positions, chunk in _chunks(logits, gradient.shape[1], temperature, gradient):
+        scale = gradient[row, positions, None] / temperature
+        chunk_gradient = -chunk.softmax(dim=-1) * (_finite_log_softmax(chunk) + _entropy(chunk)) * scale
+        logits_gradient[row, positions] = chunk_gradient.masked_fill_(scale == 0, 0.0)
+    return logits_gradient
 
 
 def _entropy(chunk: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from training.config import RunConfig
+from training.durable import cut_lines, synced_length, write_durably
 
 # A console line holds the first few metrics in the order given; metrics.jsonl holds them all.
 CONSOLE_METRICS = 8
@@ -53,23 +53,51 @@ class MetricsLogger:
         total_steps: number of steps that the run will have taken at its end, for the time left.
         config: which services to write to.
         is_main: true on the rank that writes.
-        start_step: number of steps that were done before this process began.
+        resumed: what `state` gave at the checkpoint that the run goes on from; None for a new run.
     """
 
     def __init__(
-        self, output_dir: str | Path, total_steps: int, config: RunConfig, is_main: bool, start_step: int = 0
+        self,
+        output_dir: str | Path,
+        total_steps: int,
+        config: RunConfig,
+        is_main: bool,
+        resumed: Mapping[str, Any] | None = None,
     ) -> None:
-        self._is_main, self._total_steps, self._start_step = is_main, total_steps, start_step
-        self._start_seconds = time.monotonic()
-        self.tokens = 0
+        self._is_main, self._total_steps = is_main, total_steps
+        resumed = resumed or {"step": 0, "tokens": 0, "seconds": 0.0, "bytes": 0, "wandb_id": None}
+        self._start_step = resumed["step"]
+        self._start_seconds = time.monotonic() - resumed["seconds"]
+        self.tokens = resumed["tokens"]
+        self._wandb: Any = None
         if not is_main:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = open_tensorboard(folder / "tensorboard") if config.tensorboard else None
-        self._wandb = open_wandb(config.wandb_project, folder) if config.wandb_project else None
-        self._file = (folder / "metrics.jsonl").open("a" if start_step else "w", encoding="utf-8", buffering=1)
-        self._bar = ProgressBar(total_steps, start_step) if sys.stdout.isatty() else None
+        self._tensorboard = open_tensorboard(folder / "tensorboard", self._start_step) if config.tensorboard else None
+        if config.wandb_project:
+            self._wandb = open_wandb(config.wandb_project, folder, resumed["wandb_id"])
+        self._path = folder / "metrics.jsonl"
+        cut_lines(self._path, resumed["bytes"])
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._bar = ProgressBar(total_steps, self._start_step) if sys.stdout.isatty() else None
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between a stop and going on."""
+        return time.monotonic() - self._start_seconds
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a run that goes on after `step` steps must know of the log, whose lines are then on the disk."""
+        if not self._is_main:
+            return {"step": step, "tokens": self.tokens, "seconds": self.seconds}
+        return {
+            "step": step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "bytes": synced_length(self._path),
+            "wandb_id": None if self._wandb is None else self._wandb.id,
+        }
 
     def log(self, step: int, metrics: Mapping[str, float], tokens: int) -> None:
         """Reports the metrics of a step.
@@ -86,14 +114,14 @@ class MetricsLogger:
             if self._bar is not None:
                 self._bar.advance(step)
             return
-        seconds = time.monotonic() - self._start_seconds
+        seconds = self.seconds
         record = {"step": step, "seconds": round(seconds, 3), "tokens": self.tokens, **metrics}
         self._file.write(json.dumps(finite_or_null(record)) + "\n")
         line = format_line(step, self._total_steps, metrics)
         if self._bar is not None:
             self._bar.update(step, line)
         else:
-            left = format_seconds_left(step - self._start_step, self._total_steps - step, seconds)
+            left = format_seconds_left(step, self._total_steps - step, seconds)
             print(f"{line}  eta {left}", flush=True)
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -171,12 +199,7 @@ def write_json(path: str | Path, data: Any) -> None:
     """Writes `data` as JSON so that `path` holds either the old file or the whole new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(finite_or_null(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_durably(path, (json.dumps(finite_or_null(data), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def finite_or_null(value: Any) -> Any:
@@ -188,20 +211,21 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_tensorboard(folder: Path) -> Any:
+def open_tensorboard(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("run.tensorboard is True, but tensorboard is missing: pip install tensorboard") from error
-    return SummaryWriter(str(folder))
+    # What a killed run wrote after the checkpoint is not shown.
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
 
-def open_wandb(project: str, folder: Path) -> Any:
+def open_wandb(project: str, folder: Path, run_id: str | None) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ValueError("run.wandb_project is set, but wandb is missing: pip install wandb") from error
-    return wandb.init(project=project, dir=str(folder), name=folder.name)
+    return wandb.init(project=project, dir=str(folder), name=folder.name, id=run_id, resume="allow")
 
 
 def _as_float64(value: float | Tensor) -> float | Tensor:

@@ -1,7 +1,6 @@
 """Load what the pipeline trains: a causal language model, or one with a scalar head in place of the vocabulary."""
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +28,23 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from training.config import LoraConfig, ModelConfig
+from training.head import let_chunk
 from training.packing import PackedBatch, let_pack, packs
+from training.untrusted import (
+    ADAPTER_FILE,
+    check_config,
+    check_model,
+    check_path,
+    check_tokenizer,
+    read_adapter,
+    read_number,
+    read_object,
+)
 
 # Every rank would print its own bars and notes; what matters of them, missing weights, is checked here.
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
-ADAPTER_FILE = "adapter_config.json"
 SCORE_FILE = "score_normalization.json"
 
 
@@ -87,7 +96,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Where there is none, EOS fills in: no new embedding, and masks never look at ids, so nothing confuses the two.
     """
     path = config.tokenizer or config.path
+    check_path(path)
     with _reading(path):
+        check_tokenizer(path, config.revision)
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -119,13 +130,8 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, zero3_options: dict 
         ValueError: weights are missing from the folder or left over.
     """
     model = _load(AutoModelForCausalLM, config, dtype, zero3_options)
-    model.get_output_embeddings().register_forward_pre_hook(_as_one_block)
+    let_chunk(model)
     return _finish(model, config, task="CAUSAL_LM")
-
-
-def _as_one_block(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """The last positions alone are a slice with gaps, for which torch would copy a frozen head once for each row."""
-    return (inputs[0].contiguous(),)
 
 
 def load_scalar_model(
@@ -153,8 +159,9 @@ def load_scalar_model(
 def is_reward_model(config: ModelConfig) -> bool:
     """Whether the folder or hub name holds a model with a score head."""
     if holds_adapter(config.path):
-        return json.loads((Path(config.path) / ADAPTER_FILE).read_text()).get("task_type") == "SEQ_CLS"
+        return _read_adapter(config.path).get("task_type") == "SEQ_CLS"
     with _reading(config.path):
+        check_config(config.path, config.revision)
         saved = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -163,6 +170,7 @@ def is_reward_model(config: ModelConfig) -> bool:
 
 def holds_adapter(path: str | Path) -> bool:
     """Whether a folder holds LoRA adapters rather than a whole model."""
+    check_path(path)
     return (Path(path) / ADAPTER_FILE).exists()
 
 
@@ -201,7 +209,7 @@ def _load(
     **overrides: Any,
 ) -> PreTrainedModel:
     if holds_adapter(config.path):
-        base = json.loads((Path(config.path) / ADAPTER_FILE).read_text())["base_model_name_or_path"]
+        base = _read_adapter(config.path)["base_model_name_or_path"]
         # Merged on every rank in full: adding to a weight that is split over ranks would miss most of it.
         model = _load_weights(auto_class, base, config, dtype, new_head="num_labels" in overrides, **overrides)
         return _merge(model, config.path)
@@ -213,6 +221,7 @@ def _load_weights(
     auto_class: Any, path: str, config: ModelConfig, dtype: torch.dtype, *, new_head: bool, **overrides: Any
 ) -> PreTrainedModel:
     with _reading(path):
+        check_model(path, config.revision)
         model_config = AutoConfig.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code, **overrides
         )
@@ -224,6 +233,7 @@ def _load_weights(
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with a message that names them
         )
@@ -246,6 +256,7 @@ def _load_weights(
 
 def _merge(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """`model` with the adapters of a folder added to its weights."""
+    _read_adapter(folder)
     settings = AdapterConfig.from_pretrained(folder)
     if settings.task_type == "CAUSAL_LM":
         settings.task_type = None  # else peft asks for a model that generates, and under a score head it does not
@@ -258,6 +269,11 @@ def _merge(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
             f"unexpected {_few(info.unexpected_keys)}. Give a folder written by save_pretrained on this base model"
         )
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze what it adapted
+
+
+def _read_adapter(folder: str | Path) -> dict[str, Any]:
+    with _reading(str(folder)):
+        return read_adapter(folder)
 
 
 def _few(names: Any) -> str:
@@ -279,7 +295,7 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         absent = "" if Path(path).exists() else "there is no such folder, and as a name on the hub: "
-        raise ValueError(f"{path} cannot be loaded: {absent}{error}") from error
+        raise ValueError(f"{path} cannot be loaded: {absent}{' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager
@@ -326,11 +342,11 @@ def _draw_head(weight: nn.Parameter, std: float) -> None:
 
 
 def _read_normalization(path: str) -> tuple[float, float]:
-    file = Path(path) / SCORE_FILE
-    if not file.exists():
+    if not (Path(path) / SCORE_FILE).exists():
         return 1.0, 0.0
-    values = json.loads(file.read_text())
-    return float(values["gain"]), float(values["bias"])
+    with _reading(path):
+        values = read_object(path, SCORE_FILE, revision=None) or {}
+        return read_number(values, "gain", SCORE_FILE), read_number(values, "bias", SCORE_FILE)
 
 
 def check_same_tokenizer(

@@ -12,7 +12,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/attention.py": ("test_packing.py", "test_generation.py"),
     "training/tokenization.py": ("test_data.py", "test_models.py"),
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
-    "training/models.py": ("test_models.py", "test_checkpoint.py", "test_ppo.py"),
+    "training/models.py": ("test_models.py", "test_export.py", "test_ppo.py"),
     "training/generation/sampler.py": ("test_generation.py",),
     "training/generation/responses.py": ("test_generation.py",),
     "training/generation/hf.py": ("test_generation.py", "test_ppo.py"),
@@ -25,7 +25,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/engine.py": ("test_engine.py", "test_loop.py", "test_distributed.py"),
     "training/loop.py": ("test_loop.py", "test_distributed.py"),
     "training/metrics.py": ("test_metrics.py", "test_loop.py"),
-    "training/checkpoint.py": ("test_checkpoint.py", "test_distributed.py"),
+    "training/export.py": ("test_export.py", "test_distributed.py"),
     "step2_reward/evaluate.py": ("test_reward_evaluation.py", "test_distributed.py"),
     "step3_ppo/rollout.py": ("test_ppo.py", "test_distributed.py"),
     "step3_ppo/ppo.py": ("test_ppo.py", "test_distributed.py"),
@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step3_ppo/ema.py": ("test_ppo.py", "test_distributed.py"),
     "step3_ppo/check.py": ("test_ppo.py",),
     "step3_ppo/evaluate.py": ("test_ppo.py",),
+    "step3_ppo/scoring.py": ("test_distributed.py", "test_ppo.py"),
     "step3_ppo/train.py": ("test_ppo.py",),
 }
 
@@ -181,12 +182,16 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "math.floor(num_examples * epochs / train_batch_size)",
         ),
         "every rank trains on the same examples": (
-            "first = step * train_batch_size + rank * share",
-            "first = step * train_batch_size",
+            "for part in shares[rank]]",
+            "for part in shares[0]]",
+        ),
+        "micro-batches may hold more tokens than their budget": (
+            "while any(len(part) > 1 and sum(lengths[row] for row in part) > micro_batch_tokens for part in parts):",
+            "while False:",
         ),
         "a rank without held-out data counts an example again": (
-            "yield collate_fn([dataset[0]]).as_filler()",
-            "yield collate_fn([dataset[0]])",
+            "else collate_fn([dataset[0]]).as_filler()",
+            "else collate_fn([dataset[0]])",
         ),
     },
     "training/models.py": {
@@ -336,7 +341,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "self.tokens = tokens",
         ),
     },
-    "training/checkpoint.py": {
+    "training/export.py": {
         "the moving average is not what is saved": ("replacements.get(name, parameter)", "parameter"),
     },
     "step2_reward/evaluate.py": {
@@ -354,41 +359,40 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "[False] * len(row.prompt_ids) + [True] * len(completion.response_ids)",
             "[False] * (len(row.prompt_ids) - 1) + [True] * len(completion.response_ids) + [False]",
         ),
-        "old log-probabilities keep their gradient": ("with torch.no_grad():", "with contextlib.nullcontext():"),
         "the score for a missing EOS goes to responses that have one": (
             "torch.where(rollout.finished, scores, config.missing_eos_score)",
             "torch.where(rollout.finished, config.missing_eos_score, scores)",
         ),
-        "advantages are whitened with the numbers of one rank": (
-            "sums = distributed.sum_over_ranks(masked_power_sums(values, mask))",
-            "sums = masked_power_sums(values, mask)",
+        "the last rank leaves prompts out": (
+            "len(prompts) * r // world_size * samples_per_prompt",
+            "len(prompts) // world_size * r * samples_per_prompt",
         ),
         "all samples of a prompt are drawn with one seed": ("{stream}/{p}/{sample}", "{stream}/{p}"),
     },
     "step3_ppo/ppo.py": {
         "the order of rows is the same in every PPO epoch": (
-            "seed = (config.run.seed, iteration, epoch, distributed.rank())",
-            "seed = (config.run.seed, iteration, distributed.rank())",
+            "np.random.default_rng((config.run.seed, iteration, epoch))",
+            "np.random.default_rng((config.run.seed, iteration))",
         ),
         "PPO's loss is divided by the tokens of this rank": (
-            "denominator = distributed.sum_over_ranks(mask.sum())",
-            "denominator = mask.sum()",
+            "count = minibatch.batch.response_mask.sum()",
+            "count = torch.stack([micro.batch.response_mask.sum() for micro in micros]).sum()",
         ),
         "PPO's loss is divided by the tokens of the micro-batch": (
-            "actor_loss(models, micro, config, denominator, ptx_batch, ptx_count)",
-            "actor_loss(models, micro, config, micro.batch.response_mask.sum(), ptx_batch, ptx_count)",
+            "actor_loss(models, micro, config, count)",
+            "actor_loss(models, micro, config, micro.batch.response_mask.sum())",
         ),
         "the PTX loss is divided by the number of sampled tokens": (
-            "sft_loss(ptx_logprobs, ptx_batch.response_mask, ptx_count)",
-            "sft_loss(ptx_logprobs, ptx_batch.response_mask, denominator)",
+            "ptx_loss(models, batch.to(count.device), ptx_count)",
+            "ptx_loss(models, batch.to(count.device), count)",
         ),
         "PPO's metrics are those of one rank": (
-            "totals = distributed.sum_over_ranks(torch.stack([self.sums[name].double() for name in names]))",
-            "totals = torch.stack([self.sums[name].double() for name in names])",
+            "totals = distributed.sum_over_ranks(torch.stack([sums[name].double() for name in names])).tolist()",
+            "totals = torch.stack([sums[name].double() for name in names]).tolist()",
         ),
-        "each rank decides alone to stop early": (
-            "approx_kl, count = distributed.sum_over_ranks(statistics).tolist()",
-            "approx_kl, count = statistics.tolist()",
+        "with demonstrations, the weights are updated before they are read": (
+            "last=number == len(micros) and not demonstrations",
+            "last=number == len(micros)",
         ),
     },
     "step3_ppo/models.py": {
@@ -415,15 +419,18 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "(b < a) + 0.5 * (b == a) for b, a",
             "float(b <= a) for b, a",
         ),
-        "held-out prompts that fill up the last rank count twice": (
-            "for sample in samples][: len(prompts)]",
-            "for sample in samples]",
+    },
+    "step3_ppo/scoring.py": {
+        "a rank's own scores are taken for those of all": (
+            "return distributed.sum_over_ranks(result)\n\n\ndef model_scorer",
+            "return result\n\n\ndef model_scorer",
         ),
+        "old log-probabilities keep their gradient": ("with torch.no_grad():", "with contextlib.nullcontext():"),
     },
     "step3_ppo/train.py": {
-        "every rank answers the same prompts": (
-            "first = iteration * config.rollout_batch_size + distributed.rank() * share",
+        "every iteration answers the same prompts": (
             "first = iteration * config.rollout_batch_size",
+            "first = 0",
         ),
     },
 }

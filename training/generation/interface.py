@@ -37,6 +37,11 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: choose above 0, up to 1 (off)")
 
+    @property
+    def restricted(self) -> bool:
+        """Whether some tokens that the model gives a probability can never be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_new_tokens > 0
+
 
 @dataclass(frozen=True)
 class Completion:
