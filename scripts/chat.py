@@ -19,6 +19,7 @@ from training.formats import Message, Prompt
 from training.generation.interface import SamplingConfig
 from training.models import eos_token_ids, is_reward_model, load_causal_lm, load_tokenizer
 from training.tokenization import tokenize_prompt
+from training.untrusted import check_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class Conversation:
 def main() -> None:
     config = load_config(ChatConfig)
     try:
+        check_versions()
         conversation = Conversation(config)
     except (OSError, ValueError) as error:  # OSError is how transformers says that there is no such model
         print(f"error: {error}", file=sys.stderr)

@@ -42,6 +42,8 @@ class RewardModelConfig(ModelConfig):
     function: str | None = None
     """`module:function` called as f(prompts, responses, records) -> list of scores: lists of texts, and the records
     that the prompts were read from. For tasks whose answers can be checked."""
+    function_minutes: float = 10.0
+    """How long one call of `function` may take before the run ends with an error."""
     retokenize: bool = False
     """Decode responses and tokenize them again for a reward model with another tokenizer."""
 
@@ -50,6 +52,7 @@ class RewardModelConfig(ModelConfig):
             raise ValueError("give either path, the folder of a reward model, or function, which computes the score")
         if self.function is not None and self.function.count(":") != 1:
             raise ValueError(f"function is {self.function}: write module:function, as in scripts.my_task:score")
+        check_positive(self, "function_minutes")
         if self.lora.rank > 0:
             raise ValueError("lora.rank is not 0, but the reward model is not trained here: leave it out")
 

@@ -97,7 +97,7 @@ def _load_scorer(
     config: PpoConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Scorer, deepspeed.DeepSpeedEngine | None, tuple[float, float]]:
     if config.reward.function is not None:
-        return function_scorer(config.reward.function, tokenizer), None, (1.0, 0.0)
+        return function_scorer(config.reward.function, tokenizer, config.reward.function_minutes), None, (1.0, 0.0)
     reward_tokenizer = load_tokenizer(config.reward)
     if not config.reward.retokenize:
         remedy = (

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -1002,6 +1003,28 @@ def test_a_function_gets_texts_and_records() -> None:
 def test_scores_that_are_none_are_refused(function: str, message: str) -> None:
     scorer = function_scorer(f"{__name__}:{function}", TOKENIZER)
     with pytest.raises(ValueError, match=message):
+        scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+
+
+def raises_on_the_second(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    return [1 / (1 - record["row"]) for record in records]
+
+
+def never_returns(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    threading.Event().wait()
+    return []
+
+
+def test_a_function_that_raises_is_told_with_its_sample() -> None:
+    scorer = function_scorer(f"{__name__}:raises_on_the_second", TOKENIZER)
+    message = r"raised ZeroDivisionError: .*\(test_ppo\.py:\d+\) on the response to the prompt at prompts\.jsonl:2"
+    with pytest.raises(ValueError, match=message):
+        scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+
+
+def test_a_function_that_does_not_return_is_given_up() -> None:
+    scorer = function_scorer(f"{__name__}:never_returns", TOKENIZER, minutes=0.2 / 60)
+    with pytest.raises(ValueError, match=r"did not return within .* at prompts\.jsonl:1 to prompts\.jsonl:2"):
         scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
 
 
