@@ -155,8 +155,8 @@ def _groups(engine: deepspeed.DeepSpeedEngine) -> Iterator[_Group]:
             yield _Group(master, pieces)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
-            begins = optimizer.round_robin_bit16_offsets[index]
-            placed = zip(optimizer.round_robin_bit16_groups[index], begins, strict=True)
+            offsets = optimizer.round_robin_bit16_offsets[index]
+            placed = zip(optimizer.round_robin_bit16_groups[index], offsets, strict=True)
             yield _Group(master, [_own_part(name_of[p], at, p.numel(), len(master), 0) for p, at in placed])
     else:
         weights = [p for group in getattr(optimizer, "fp16_groups", []) for p in group]
@@ -265,10 +265,9 @@ def _weights_from_masters(engine: deepspeed.DeepSpeedEngine, saved: "_SavedValue
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         optimizer.invalidate_secondary_tensor()
         return
-    parameters = dict(engine.module.named_parameters())
     for name in _shapes(engine):
-        # In place: the weights are views of DeepSpeed's flat buffers.
-        parameters[name].copy_(saved.read(MASTER, name, 0, parameters[name].numel()).view_as(parameters[name]))
+        weight = engine.module.get_parameter(name)  # a view of DeepSpeed's flat buffer
+        weight.copy_(saved.read(MASTER, name, 0, weight.numel()).view_as(weight))
 
 
 class _SavedValues:
