@@ -33,11 +33,11 @@ from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from tests.tiny_tokenizers import build_tokenizer
 from training import distributed
-from training.export import export, whole
 from training.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 from training.data import collate, collate_pairs, train_batches
 from training.engine import backward_and_step, generation_mode, loading_options, train_engine
 from training.examples import PreferenceDataset, PreferenceRows, PromptExample, TokenizedDataset
+from training.export import export, whole
 from training.forward import response_logprobs, reward_scores
 from training.generation.hf import HuggingFaceGenerator
 from training.generation.interface import Endings, SamplingConfig

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from tests.launching import ROOT, alone, run_well
 from tests.tiny_models import save_tiny_model, write_tiny_data
-from tests.tiny_runs import results_of, tiny_configs, write_configs
+from tests.tiny_runs import depends_on_machine, results_of, tiny_configs, write_configs
 
 FOLDER = ROOT / "tests" / "reference_runs"
 COMMAND = "python -m tests.make_reference_runs"
@@ -129,7 +129,7 @@ def moved(options: Mapping[str, Any]) -> dict[str, float]:
 def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Name and value of each number to float32's 8 digits, without times, memory and lists; nested as outer/inner."""
     for name, value in row.items():
-        if "seconds" in name or "memory" in name or isinstance(value, list):
+        if depends_on_machine(name) or isinstance(value, list):
             continue
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{name}/")

@@ -245,8 +245,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(zero_stage: Any, precis
     inputs = torch.ones(4, 3, dtype=DTYPES[precision], device=distributed.device())
 
     def weight() -> Tensor:
-        with whole(model.weight):
-            return model.weight.detach().clone()
+        parameter = model.get_parameter("weight")
+        with whole(parameter):
+            return parameter.detach().clone()
 
     assert backward_and_step(engine, engine(inputs).float().sum())
     before, rate = weight(), engine.get_lr()

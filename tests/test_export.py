@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.test_models import randomize_adapters
 from tests.tiny_models import save_tiny_reward_model
 from tests.tiny_tokenizers import NUM_SPECIAL, VOCAB_SIZE, build_tokenizer
-from training.export import export
 from training.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from training.engine import DTYPES, backward_and_step, loading_options, train_engine
+from training.export import export
 from training.models import SCORE_FILE, holds_adapter, load_causal_lm, load_scalar_model
 
 pytestmark = pytest.mark.usefixtures("process_group")

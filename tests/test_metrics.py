@@ -88,11 +88,31 @@ def test_every_line_has_step_seconds_and_tokens(tmp_path: Path, config: RunConfi
 
 
 def test_a_run_that_goes_on_appends_and_one_from_the_start_begins_anew(tmp_path: Path, config: RunConfig) -> None:
-    for start_step, expected in ((0, [1]), (1, [1, 2]), (0, [1])):
-        logger = MetricsLogger(tmp_path, 2, config, is_main=True, start_step=start_step)
-        logger.log(start_step + 1, {"train/loss": 1.0}, tokens=1)
+    state = None
+    for resumed, step, tokens, expected in (
+        (False, 1, 5, [1]),
+        (True, 2, 8, [1, 2]),
+        (True, 2, 8, [1, 2]),
+        (False, 1, 5, [1]),
+    ):
+        logger = MetricsLogger(tmp_path, 2, config, is_main=True, resumed=state if resumed else None)
+        logger.log(step, {"train/loss": 1.0}, tokens=5 if step == 1 else 3)
+        if step == 1:
+            state = logger.state(1)
         logger.close()
-        assert [line["step"] for line in read_lines(tmp_path)] == expected
+        lines = read_lines(tmp_path)
+        assert [line["step"] for line in lines] == expected  # what came after the checkpoint is cut off
+        assert lines[-1]["tokens"] == tokens
+
+
+def test_a_log_that_is_shorter_than_at_the_checkpoint_is_refused(tmp_path: Path, config: RunConfig) -> None:
+    logger = MetricsLogger(tmp_path, 2, config, is_main=True)
+    logger.log(1, {"train/loss": 1.0}, tokens=1)
+    state = logger.state(1)
+    logger.close()
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="put the whole file back"):
+        MetricsLogger(tmp_path, 2, config, is_main=True, resumed=state)
 
 
 def test_other_ranks_write_and_print_nothing(
@@ -159,15 +179,18 @@ def test_time_left(done: int, left: int, seconds: float, text: str) -> None:
     assert format_seconds_left(done, left, seconds) == text
 
 
-def test_time_left_of_a_continued_run_counts_its_own_steps(
+def test_a_continued_run_counts_all_its_time_and_steps(
     tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter([0.0, 10.0])
+    clock = iter([1000.0, 1010.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-    logger = MetricsLogger(tmp_path, 200, config, is_main=True, start_step=100)
+    resumed = {"step": 100, "tokens": 5, "seconds": 100.0, "bytes": 0, "wandb_id": None}
+    logger = MetricsLogger(tmp_path, 200, config, is_main=True, resumed=resumed)
     logger.log(110, {"loss": 1.0}, tokens=1)
     logger.close()
     assert capsys.readouterr().out == "step 110/200  loss 1  eta 1m30s\n"
+    (line,) = read_lines(tmp_path)
+    assert (line["seconds"], line["tokens"]) == (110.0, 6)
 
 
 def test_a_terminal_gets_a_progress_bar(

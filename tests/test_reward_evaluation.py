@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from step2_reward.config import RewardConfig
 from step2_reward.evaluate import Comparisons, compare_held_out, normalization
 from step2_reward.train import preference_loss, results_of
-from training.export import export
 from training.config import DataConfig, ModelConfig, RunConfig
 from training.data import collate_pairs, num_steps
 from training.examples import PreferenceDataset, PreferenceRows
+from training.export import export
 from training.models import load_scalar_model, load_tokenizer
 from training.optim import lr_lambda
 

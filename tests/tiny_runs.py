@@ -14,6 +14,23 @@ STAGES = ("step1_sft", "step2_reward", "step3_ppo")
 SPLIT_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
+MACHINE = (
+    "seconds",
+    "tokens_per_second",
+    "gemm_share",
+    "mfu",
+    "memory/",
+    "peak_memory_gib",
+    "rollout/kv_cache",
+    "config",
+)
+
+
+def depends_on_machine(name: str) -> bool:
+    """Whether a number in metrics.jsonl or results.json tells of the machine, or of where the run lies."""
+    return name.startswith(MACHINE)
+
+
 def tiny_configs(folder: Path, model: str, data: Mapping[str, str], **engine: Any) -> dict[str, dict[str, Any]]:
     """The options of each stage, of which a test may change some. Each stage starts from what the one before leaves.
 

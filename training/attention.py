@@ -65,8 +65,8 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-# On a CPU, up to so many tokens, torch's attention in 16 bits takes up to three times as long, forwards and backwards, as
-# the products that it stands for. Forwards alone it is the faster one, but scorer and trainer must do the same.
+# On a CPU, up to so many tokens, torch's attention in 16 bits takes up to three times as long, forwards and backwards,
+# as the products that it stands for. Forwards alone it is the faster one, but scorer and trainer must do the same.
 SHORT_TOKENS = 192
 
 

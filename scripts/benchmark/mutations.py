@@ -391,8 +391,8 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "totals = torch.stack([sums[name].double() for name in names]).tolist()",
         ),
         "with demonstrations, the weights are updated before they are read": (
-            "last=number == len(micros) and not demonstrations",
-            "last=number == len(micros)",
+            "last = number == len(micros) and not demonstrations",
+            "last = number == len(micros)",
         ),
     },
     "step3_ppo/models.py": {
@@ -422,8 +422,8 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "step3_ppo/scoring.py": {
         "a rank's own scores are taken for those of all": (
-            "return distributed.sum_over_ranks(result)\n\n\ndef model_scorer",
-            "return result\n\n\ndef model_scorer",
+            "return distributed.sum_over_ranks(result)\n\n    def count_passes",
+            "return result\n\n    def count_passes",
         ),
         "old log-probabilities keep their gradient": ("with torch.no_grad():", "with contextlib.nullcontext():"),
     },

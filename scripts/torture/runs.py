@@ -11,14 +11,12 @@ import yaml
 
 from scripts.torture.ranks import start
 from tests.tiny_models import save_tiny_model, write_tiny_data
-from tests.tiny_runs import STAGES, tiny_configs, with_lora
+from tests.tiny_runs import STAGES, depends_on_machine, tiny_configs, with_lora
 from training import storage
 from training.checkpoint import FOLDER
 from training.manifest import checkpoint_step
 
 WAIT_SECONDS = 300.0
-CLOCKS = ("seconds", "tokens_per_second", "gemm_share", "mfu", "memory/", "peak_memory_gib", "config")
-"""Beginnings of names of numbers that depend on the machine, or on where the run lies."""
 
 
 class Run:
@@ -83,7 +81,7 @@ class Run:
 
 
 def _without_clocks(numbers: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in numbers.items() if not name.startswith(CLOCKS)}
+    return {name: value for name, value in numbers.items() if not depends_on_machine(name)}
 
 
 class Workshop:
