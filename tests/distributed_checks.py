@@ -317,7 +317,7 @@ def all_ranks_stop_when_one_has_moved_too_far(folder: Path) -> None:
     far = torch.zeros(TRAIN_BATCH, 1)
     far[0] = 3.0
     own = Experience(own.batch, now - far, now, own.advantages, None, own.returns)
-    models: Any = SimpleNamespace(actor=actor, critic=None)
+    models: Any = SimpleNamespace(actor=actor, critic=None, trained={"actor": actor})
     config = ppo_config(folder, estimator="reinforce_pp", ppo_epochs=3, target_kl=0.1)
     metrics = update(models, own, config, 0, None, None)
     assert (metrics["ppo/steps"], metrics["ppo/stopped_early"]) == (1, 1.0)

@@ -48,6 +48,7 @@ FP16_OPTIONS = {
     True: {"initial_scale_power": 17, "loss_scale_window": 1, "hysteresis": 1},
 }
 
+calls = itertools.count()
 Held = tuple[dict[str, Tensor], dict[str, Any]]
 
 
@@ -67,7 +68,8 @@ class Case(NamedTuple):
 
 
 FULL, LORA, BF16, BF16_LORA, FP16, FP16_LORA = (
-    [Case(stage, lora, precision) for stage in (0, 1, 2, 3)]
+    # fp16 is refused at ZeRO 0.
+    [Case(stage, lora, precision) for stage in (0, 1, 2, 3) if (stage, precision) != (0, "fp16")]
     for precision in ("fp32", "bf16", "fp16")
     for lora in (False, True)
 )
@@ -109,7 +111,7 @@ MOVES = {
         Move(4, LORA[1], LORA[3]),
         Move(4, LORA[2], LORA[0]),
     ],
-    2: [*cycle(1, FULL, 1), *cycle(1, LORA, 3), Move(1, FP16[0], FP16[2]), Move(1, BF16[0], OFFLOADED[1])],
+    2: [*cycle(1, FULL, 1), *cycle(1, LORA, 3), Move(1, FP16[0], FP16[1]), Move(1, BF16[0], OFFLOADED[1])],
     4: [Move(2, FULL[0], FULL[3]), Move(2, FULL[2], FULL[0]), Move(2, LORA[1], LORA[2]), Move(2, LORA[3], LORA[1])],
 }
 """What each number of ranks loads from another."""
@@ -229,24 +231,30 @@ def save(folder: Path, case: Case) -> None:
     write(state, target, distributed.rank(), distributed.is_main())  # what training went on with must not show
     tensors, numbers = held(engine)
     record(target / "end", (tensors, numbers | {"losses": losses}))
-    if (
-        case.precision == "fp16" and case.zero_stage > 0
-    ):  # at ZeRO 0 DeepSpeed counts a loss scale that it never applies
+    if case.precision == "fp16":
         assert engine.skipped_steps > 0, "no step overflowed"
 
 
 def load_in_turn(engine: Any, folder: Path) -> None:
-    """Loads on one rank after another: if one needed another, both would wait until they gave up."""
+    """Loads on one rank after another, while the others take part in no collective: one that needed them would hang."""
+    store, call = torch.distributed.distributed_c10d._get_default_store(), next(calls)
     for turn in range(distributed.world_size()):
         if turn == distributed.rank():
-            load(engine, folder)
-        distributed.barrier()
+            try:
+                load(engine, folder)
+            finally:
+                store.set(f"{call}-{turn}", "")
+        else:
+            store.wait([f"{call}-{turn}"])
 
 
 def resume(folder: Path, case: Case) -> None:
     """A new engine loads and goes on: to the bit what went on without a pause."""
     source = saved_at(folder, case, distributed.world_size())
-    found = resumed_differs(build(case, folder, seed=1), source, source)
+    engine = build(case, folder, seed=1)
+    if case.kind == "whole":
+        take_steps(engine, 0, 1)  # only then are there whole copies, which what is loaded makes stale
+    found = resumed_differs(engine, source, source)
     assert not found, found
 
 

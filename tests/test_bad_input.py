@@ -151,7 +151,7 @@ def options_of(config: type, group: str = "") -> Iterator[str]:
 
 
 def names_read_by(stage: str) -> set[str]:
-    """Every x of an `a.x` in what a stage's program imports of this project, save where options are defined."""
+    """Every x of an `a.x` in what a stage's program imports of this project, save where options are checked."""
     modules: set[str] = set()
     waiting = [f"{stage}.train"]
     while waiting:
@@ -159,8 +159,12 @@ def names_read_by(stage: str) -> set[str]:
         if module in MODULES and module not in modules:
             modules.add(module)
             waiting += imports_of_module(module)
-    sources = [MODULES[module].read_text(encoding="utf-8") for module in modules if not module.endswith(".config")]
-    return {node.attr for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    defined = {module for module in modules if module.endswith(".config")}
+    trees = {module: ast.parse(MODULES[module].read_text(encoding="utf-8")) for module in modules}
+    read = {n.attr for m in modules - defined for n in ast.walk(trees[m]) if isinstance(n, ast.Attribute)}
+    # What follows from options, as the steps of an iteration do, is a property beside them.
+    properties = [n for m in defined for n in ast.walk(trees[m]) if isinstance(n, ast.FunctionDef) and n.name in read]
+    return read | {n.attr for function in properties for n in ast.walk(function) if isinstance(n, ast.Attribute)}
 
 
 @pytest.mark.parametrize(

@@ -375,3 +375,9 @@ def test_importing_the_options_is_quick_and_loads_no_torch() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
     assert time.monotonic() - start < 5
+
+
+def test_fp16_needs_a_zero_stage_that_scales_the_loss() -> None:
+    EngineConfig(precision="fp16", zero_stage=1)
+    with pytest.raises(ValueError, match=r"precision is fp16, but zero_stage is 0.*set zero_stage to 1, 2 or 3"):
+        EngineConfig(precision="fp16", zero_stage=0)

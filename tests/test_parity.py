@@ -141,7 +141,7 @@ def test_without_trl_the_error_says_how_to_make_its_environment(monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         parity_trl.main()
     commands = [line.strip() for line in ENVIRONMENT.splitlines()[1:]]
-    assert len(commands) == 3
+    assert len(commands) == 2
     for command in commands:
         assert command in str(exit_.value.code)
         assert f"\n{command}\n" in README

@@ -10,8 +10,8 @@ from tests.launching import alone, run_well
 @pytest.mark.parametrize(
     "options",
     [
-        ("--kills", "6", "--bit-flips", "60", "--disk-full", "3"),
-        ("--stops", "3", "--rank-deaths", "3", "--resizes", "3", "--zero-stage", "3", "--lora", "--precision", "bf16"),
+        ("--kills", "6", "--bit-flips", "60", "--disk-full", "3", "--resizes", "3"),
+        ("--stops", "3", "--rank-deaths", "3", "--zero-stage", "3", "--lora", "--precision", "bf16"),
     ],
     ids=["ZeRO 2, all weights, fp32", "ZeRO 3, adapters, bf16"],
 )

@@ -184,6 +184,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "gradient_clipping", low=0)
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision is fp16, but zero_stage is 0, at which DeepSpeed divides gradients by a loss scale that the "
+                "loss was not multiplied with: set zero_stage to 1, 2 or 3, or precision to bf16"
+            )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer is True, but zero_stage is 0: set zero_stage to 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:

@@ -26,8 +26,7 @@ PAD, EOS, FIRST_WORD, VOCAB = 0, 1, 2, 40
 RESPONSE_LENGTH = 12
 TEMPERATURE = 0.7
 ENVIRONMENT = """TRL 1.12.0 is needed, in an environment of its own:
-    python -m venv .venv-peers
-    .venv-peers/bin/pip install -c constraints.txt -r scripts/benchmark/peers.txt
+    bash scripts/benchmark/peers.sh
     .venv-peers/bin/python -m scripts.benchmark.parity_trl"""
 
 

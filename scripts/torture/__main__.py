@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0, help="of what happens when")
     options = parser.parse_args()
+    if options.resizes and options.precision != "fp32":
+        parser.error("--resizes compares numbers to 1e-4, which takes --precision fp32")
     load_stages()
     draw = random.Random(options.seed)
     print(f"ZeRO {options.zero_stage}, {'adapters' if options.lora else 'all weights'}, {options.precision}, 2 ranks")
