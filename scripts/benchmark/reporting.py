@@ -13,6 +13,8 @@ from scripts.benchmark.ceilings import device_name
 from scripts.summary import describe_device, git_commit, installed_version
 from training.config_files import as_plain
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def circumstances(module: str, config: Any, device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
     """The command that `module` was started by, with what and on what it ran."""
@@ -38,4 +40,6 @@ def run_and_keep(run: Callable[[], dict[str, Any]], output: str | None) -> None:
     if output is not None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        # Where things lie on this machine concerns nobody else.
+        text = json.dumps(result, indent=2).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+        path.write_text(text + "\n")
