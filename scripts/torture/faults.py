@@ -106,7 +106,9 @@ def resizes(workshop: Workshop, stage: str, count: int, draw: random.Random) -> 
             for pid in processes.running()[:1]:
                 os.kill(pid, signal.SIGTERM)
             codes = _end(processes, run, GONE_SECONDS * ranks)
-            assert set(codes) <= {0, EXIT_STOPPED}, (codes, run.log.read_text()[-3000:])
+            # A signal that comes after the results is too late to stop anything.
+            ended = (run.output / "results.json").exists()
+            assert ended or set(codes) <= {0, EXIT_STOPPED}, (codes, run.log.read_text()[-3000:])
             outcome.faults += 1
             outcome.resumes += "resumed from" in run.log.read_text()
             ranks, zero_stage = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
@@ -140,7 +142,9 @@ def _harm_and_go_on(
         assert set(codes) == {0}, f"{run.stage} ended with {codes}:\n{run.log.read_text()[-3000:]}"
         _compare(run, right, outcome)
         run.forget()
+    before = run.newest()
     run.finish()
+    _check_where_it_began(run, before, outcome)
     _compare(run, right, outcome)
     outcome.seconds = time.monotonic() - started
     return outcome
