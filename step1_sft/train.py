@@ -93,9 +93,11 @@ def train(config: SftConfig, supervisor: Supervisor) -> None:
         after_step=after_step,
     )
     checkpoints.close()
+    supervisor.progress("evaluate", total_steps)
     after = evaluate()
     logger.log(total_steps, named("eval", after), tokens=0)
 
+    supervisor.progress("export", total_steps)
     export(engine, output / "final", tokenizer, config.model)
     results: dict[str, Any] = {f"{name}_before": value for name, value in before.items()}
     results |= {f"{name}_after": value for name, value in after.items()}

@@ -94,11 +94,13 @@ def train(config: RewardConfig, supervisor: Supervisor) -> None:
         after_step=after_step,
     )
     checkpoints.close()
+    supervisor.progress("evaluate", total_steps)
     after = compare()
     logger.log(total_steps, named("eval", after.metrics()), tokens=0)
 
     if config.normalize:
         model.gain, model.bias = normalization(after, model.gain, model.bias)
+    supervisor.progress("export", total_steps)
     export(engine, output / "final", tokenizer, config.model)
     results = results_of(before, after) | {
         "normalization": {"gain": model.gain, "bias": model.bias},

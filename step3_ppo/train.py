@@ -68,7 +68,6 @@ def train(config: PpoConfig, supervisor: Supervisor) -> None:
             log = logger.state(progress.iteration)
             return progress.state(average, metric, log=log, skipped=skipped.in_a_row)
 
-        supervisor.progress("train", progress.iteration)
         checkpoints.after_step(progress.iteration, state, may_save=may_save)
 
     accounting = Accounting(DTYPES[config.engine.precision])
@@ -103,15 +102,18 @@ def train(config: PpoConfig, supervisor: Supervisor) -> None:
         step = progress.iteration
         evaluated: dict[str, float] = {}
         if config.run.eval_every and step % config.run.eval_every == 0:
+            supervisor.progress("evaluate", step)
             with clock.phase("evaluate"):
                 evaluated = held_out_metrics(sample_held_out(models, held_out, config))
         is_logged = step % config.run.log_every == 0 or evaluated
         logger.log(step, metrics | evaluated | accounting.metrics() if is_logged else {}, tokens=tokens)
         after_step(may_save=True, metric=evaluated.get("eval/score_mean"))
     checkpoints.close()
+    supervisor.progress("evaluate", config.iterations)
     after = sample_held_out(models, held_out, config)
     logger.log(config.iterations, held_out_metrics(after), tokens=0)
 
+    supervisor.progress("export", config.iterations)
     export(models.actor, output / "final" / "actor", models.tokenizer, config.actor, ema_weights(average))
     if models.critic is not None:
         export(models.critic, output / "final" / "critic", models.tokenizer, critic_source(config))

@@ -31,6 +31,12 @@ class Stopper:
 
     stop = False
 
+    def __init__(self) -> None:
+        self.moved: list[tuple[str, int]] = []
+
+    def progress(self, phase: str, step: int) -> None:
+        self.moved.append((phase, step))
+
     def should_stop(self) -> bool:
         return self.stop
 
@@ -230,6 +236,13 @@ def test_what_fails_on_one_rank_ends_the_save_on_all(
     with pytest.raises(OSError, match="rank 1: its disk is full"):
         run.checkpoints.close()
     assert run.names() == []
+
+
+def test_every_step_is_told_to_the_watchdog(trial: Callable[..., Trial]) -> None:
+    run = trial()
+    for step in (1, 2):
+        run.step(step)
+    assert run.supervisor.moved == [("train", 1), ("train", 2)]
 
 
 def test_a_checkpoint_says_what_it_comes_from(trial: Callable[..., Trial]) -> None:

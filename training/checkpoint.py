@@ -123,6 +123,7 @@ class Checkpoints:
             SystemExit: the run was asked to stop, and has saved. The same on all ranks.
             OSError: the checkpoint could not be written. The last good one is untouched.
         """
+        self._supervisor.progress("train", step)  # a run of which it hears nothing is taken for hung
         seconds = time.monotonic() - self._saved_at
         by_time = is_main() and 0 < 60 * self._run.save_minutes <= seconds
         writing = self._saving is not None and self._saving.thread.is_alive()
