@@ -19,7 +19,7 @@ from training.data import Batch, collate
 from training.examples import PromptExample
 from training.forward import critic_values, response_logprobs
 from training.generation.interface import Completion
-from training.masking import masked_power_sums, masked_whiten, moments_from_power_sums
+from training.masking import masked_whiten
 from training.rewards import clip_scores, token_rewards
 
 
@@ -161,7 +161,7 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
         scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coefficient, config.kl.estimator
     )
     if config.whiten_rewards:
-        rewards = whitened(rewards, rollout.mask, shift_mean=False)
+        rewards = masked_whiten(rewards, rollout.mask, shift_mean=False)
     advantages, returns = ADVANTAGE_ESTIMATORS[config.estimator](
         rewards,
         rollout.values,
@@ -171,7 +171,7 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
         group_size=config.samples_per_prompt,
     )
     if config.whiten_advantages:
-        advantages = whitened(advantages, rollout.mask)
+        advantages = masked_whiten(advantages, rollout.mask)
     experience = Experience(
         batch=rollout.batch,
         old_logprobs=rollout.logprobs,
@@ -181,12 +181,6 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
         returns=returns,
     )
     return experience, kl
-
-
-def whitened(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """`masked_whiten` with the mean and variance of the masked values themselves."""
-    mean, variance = moments_from_power_sums(masked_power_sums(values, mask))
-    return masked_whiten(values, mask, mean, variance, shift_mean=shift_mean)
 
 
 def _as_batch(rows: Sequence[PromptExample], completions: Sequence[Completion], pad_id: int) -> Batch:

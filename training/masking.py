@@ -44,56 +44,20 @@ def last_true(mask: Tensor) -> Tensor:
     return mask & (true_from_here_on == 1)
 
 
-def masked_power_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of `values` under `mask`: what ranks add up before they whiten.
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Scale `values` to variance 1 and, with `shift_mean`, move them to mean 0; computed in float64.
 
     Args:
         values: any shape.
         mask: bool, the shape of `values`.
-
-    Returns: [3] float64, because the variance is a small difference of large sums.
-    """
-    check_same_shape(values=values, mask=mask)
-    kept = torch.where(mask, values, 0.0).double()
-    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
-
-
-def moments_from_power_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance from (count, sum, sum of squares); both 0 when the count is 0.
-
-    Args:
-        sums: [3] float64, as from `masked_power_sums`, added over ranks.
-    """
-    count = sums[0].clamp(min=1)
-    mean = sums[1] / count
-    variance = (sums[2] / count - mean.square()).clamp(min=0)
-    return mean, variance
-
-
-def masked_whiten(
-    values: Tensor,
-    mask: Tensor,
-    mean: Tensor | float | None = None,
-    variance: Tensor | float | None = None,
-    shift_mean: bool = True,
-    eps: float = 1e-8,
-) -> Tensor:
-    """Scale `values` to variance 1 and, with `shift_mean`, move them to mean 0.
-
-    Args:
-        values: any shape.
-        mask: bool, the shape of `values`.
-        mean: scalar mean over all ranks; None for that of `values` under `mask`.
-        variance: scalar population variance over all ranks; None for that of `values` under `mask`.
         shift_mean: False keeps the mean (rewards do, advantages do not).
-        eps: added to the variance.
+        eps: added to the population variance.
 
     Returns: the shape of `values`, 0 outside `mask`.
     """
-    own_mean, own_variance = moments_from_power_sums(masked_power_sums(values, mask))
-    mean = torch.as_tensor(own_mean if mean is None else mean, dtype=values.dtype, device=values.device)
-    variance = torch.as_tensor(own_variance if variance is None else variance, dtype=values.dtype, device=values.device)
-    whitened = (values - mean) * torch.rsqrt(variance + eps)
+    mean = masked_mean(values.double(), mask)
+    variance = masked_mean((values.double() - mean).square(), mask)
+    whitened = (values.double() - mean) * torch.rsqrt(variance + eps)
     if not shift_mean:
         whitened = whitened + mean
-    return torch.where(mask, whitened, 0.0)
+    return torch.where(mask, whitened, 0.0).to(values.dtype)

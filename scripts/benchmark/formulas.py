@@ -63,6 +63,13 @@ def openrlhf_gae(x: SimpleNamespace, mask: Tensor, gamma: float = GAMMA) -> Tens
     return verl_gae(everywhere, torch.ones_like(mask), gamma) * mask
 
 
+def whitened_by_sample_variance(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Our whitening, with the variance that divides by n - 1."""
+    kept = values[mask]
+    scaled = masked_whiten(values, mask) * (kept.var(correction=0) / kept.var()).sqrt()
+    return scaled if shift_mean else torch.where(mask, scaled + kept.mean(), 0.0)
+
+
 def verl_whitened(values: Tensor, mask: Tensor) -> Tensor:
     """verl/utils/torch_functional.py, masked_whiten: variance over n - 1."""
     kept = values[mask]
@@ -238,7 +245,7 @@ FORMULA_GROUPS = (
             lambda x: (our_gae(x, x.gaps)[0], verl_gae(x, x.gaps))),
         Row("whitened advantages", "`masked_whiten`", "`masked_whiten`",
             lambda x: (masked_whiten(x.advantages, x.mask), verl_whitened(x.advantages, x.mask),
-                       masked_whiten(x.advantages, x.mask, variance=x.advantages[x.mask].var())),
+                       whitened_by_sample_variance(x.advantages, x.mask)),
             because="divides the variance by n - 1; ours by n"),
         Row("advantages, GRPO", "`grpo`", "`compute_grpo_outcome_advantage`",
             lambda x: (per_response(grpo, x), group_normalized(totals(x), 1e-6), other_eps(x, 1e-6)),

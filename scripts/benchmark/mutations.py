@@ -41,12 +41,12 @@ TESTS: dict[str, tuple[str, ...]] = {
 MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
     "training/masking.py": {
         "whitening uses the sample variance": (
-            "variance = (sums[2] / count - mean.square())",
-            "variance = ((sums[2] - count * mean.square()) / (count - 1).clamp(min=1))",
+            "variance = masked_mean((values.double() - mean).square(), mask)",
+            "variance = masked_sum((values.double() - mean).square(), mask) / (mask.sum() - 1).clamp(min=1)",
         ),
-        "whitening counts padding": (
-            "torch.stack([mask.sum().double()",
-            "torch.stack([torch.ones_like(mask).sum().double()",
+        "a mean counts padding": (
+            "masked_sum(values, mask, dim) / mask.sum(dim=dim).clamp(min=1)",
+            "masked_sum(values, mask, dim) / torch.ones_like(mask).sum(dim=dim)",
         ),
         "the last token is found by counting tokens from column 0": (
             "return mask & (true_from_here_on == 1)",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripts.benchmark.comparison import Group, Row
+from scripts.benchmark.formulas import whitened_by_sample_variance
 from scripts.benchmark.trl_runs import EOS, PAD, TEMPERATURE, peer, run_ppo, scalar_model, word_ids
 from training.advantages import gae
 from training.config import OptimConfig
@@ -32,11 +33,6 @@ EPOCHS = {"num_ppo_epochs": 4}
 def positions(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """A sequence-classification model as `training.forward` calls it: [batch, time], a number at every position."""
     return lambda ids, mask: model.score(model.model(input_ids=ids, attention_mask=mask).last_hidden_state)[..., 0]
-
-
-def unbiased(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Our whitening, given the variance that divides by n - 1."""
-    return masked_whiten(values, mask, variance=values[mask].var(), shift_mean=shift_mean)
 
 
 class Sides:
@@ -129,7 +125,7 @@ class Updates:
         self.policy, self.critic = (copy.deepcopy(sides.run.models[name]) for name in ("policy", "critic"))
         self.both = nn.ModuleDict({"policy": self.policy, "value_model": self.critic})
         raw, self.returns = sides.gae(sides.longer)
-        self.advantages = unbiased(raw, sides.mask)
+        self.advantages = whitened_by_sample_variance(raw, sides.mask)
         self.gradients: list[dict[str, Tensor]] = []
         self.weights: list[dict[str, Tensor]] = []
         self.last: Any = None
@@ -251,7 +247,7 @@ PPO_GROUPS = (
         Row("returns", "`gae`", "`returns`", lambda s: (s.ours(s.gae(s.mask)[1]), s.theirs("returns"))),
         Row("whitened advantages", "`masked_whiten`", "`masked_whiten`",
             lambda s: (s.ours(masked_whiten(s.gae(s.mask)[0], s.mask)), s.theirs("advantages"),
-                       s.ours(unbiased(s.gae(s.mask)[0], s.mask))), because=BESSEL),
+                       s.ours(whitened_by_sample_variance(s.gae(s.mask)[0], s.mask))), because=BESSEL),
         Row("gradient of every weight, 1st update", "policy loss + 0.1 x value loss", "`loss.backward()`",
             lambda s: (s.updates.gradients[0], s.run.gradients[0])),
         Row("ratio, 4th update", "exp(log p - old log p)", "`ratio`",
@@ -314,7 +310,7 @@ PPO_GROUPS = (
         Row("KL, k3", "`kl_k3`", "`kl`", lambda s: (s.ours(s.kl("k3")), s.theirs("kl"))),
         Row("whitened rewards", "`masked_whiten`, mean kept", "`masked_whiten(shift_mean=False)`",
             lambda s: (s.ours(masked_whiten(s.rewards(s.mask, "k3"), s.mask, shift_mean=False)), s.theirs("rewards"),
-                       s.ours(unbiased(s.rewards(s.longer, "k3"), s.longer, shift_mean=False))),
+                       s.ours(whitened_by_sample_variance(s.rewards(s.longer, "k3"), s.longer, shift_mean=False))),
             because=f"{AFTER_EOS}; and {BESSEL}"),
     )),
     Group("TRL PPO: two micro-batches of 4 responses in a step", accumulated, (
