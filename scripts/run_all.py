@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
-from scripts.processes import Stopped, exclusive_folder, run_group, stage_command, stage_environment
+from scripts.processes import Stopped, run_group, stage_command, stage_environment
 from scripts.report import build_report
 from scripts.summary import STEP_FOLDERS, build_summary, describe_environment, measured_seconds, read_results
 from step1_sft.config import SftConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PpoConfig
 from training.config_files import Setting, list_options, load_config, read_arguments, read_yaml, save_config
+from training.durable import OutputLock
 from training.formats import FORMATS, check_format
 from training.metrics import write_json
 from training.records import READERS, read_records
@@ -75,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     recipe = load_recipe(arguments)
     check_inputs(recipe)
     output = Path(recipe.output_dir)
-    with exclusive_folder(output):
+    with OutputLock(output):
         finished = finished_steps(recipe)
         save_config(recipe, output / "config.yaml")
         write_json(output / "environment.json", describe_environment())

@@ -110,7 +110,7 @@ def _load_scorer(
     scale = (model.gain, model.bias)
     if config.reward.retokenize:
         return retokenizing_scorer(engine, config, tokenizer, reward_tokenizer), None, scale
-    return model_scorer(engine, config), engine, scale
+    return model_scorer(engine), engine, scale
 
 
 def _load_critic(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> deepspeed.DeepSpeedEngine:

@@ -117,8 +117,8 @@ def sample_responses(
         accounting: is told of what is computed.
     """
     rows = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    rank, world_size = distributed.rank(), distributed.world_size()
-    own = slice(*(len(prompts) * r // world_size * samples_per_prompt for r in (rank, rank + 1)))
+    share = distributed.own_share(len(prompts))
+    own = slice(share.start * samples_per_prompt, share.stop * samples_per_prompt)
     with phase_of(accounting, "generate"):
         sampled = models.generator.generate([row.prompt_ids for row in rows[own]], config.sampling, seeds[own])
         completions = [completion for shares in distributed.gather_objects(sampled) for completion in shares]
@@ -132,7 +132,7 @@ def sample_responses(
         with models.reference() as reference:
             ref = own_rows.run(partial(own_logprobs, reference))
         values = own_rows.run(partial(critic_values, models.critic)) if models.critic else None
-        scores = models.scorer(batch, rows, completions)
+        scores = models.scorer(own_rows, rows, completions)
     if accounting is not None:
         lengths = [len(completion.response_ids) for completion in sampled]
         accounting.add_rollout(models.actor, [row.prompt_ids for row in rows[own]], lengths)

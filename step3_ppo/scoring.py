@@ -23,7 +23,6 @@ from training.forward import reward_scores
 from training.generation.interface import Completion
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping]], Sequence[float]]
-Scorer = Callable[[Batch, Sequence[PromptExample], Sequence[Completion]], Tensor]
 
 
 class OwnRows:
@@ -67,11 +66,15 @@ class OwnRows:
             accounting.add_pass(phase, model, micro_batch.input_ids, tokens, sum(logits), **kind)
 
 
-def model_scorer(engine: Any, config: PpoConfig) -> Scorer:
+Scorer = Callable[[OwnRows, Sequence[PromptExample], Sequence[Completion]], Tensor]
+"""(rows, and their prompts and completions) -> [batch] scores; every rank must call it."""
+
+
+def model_scorer(engine: Any) -> Scorer:
     """Scores from a reward model that reads the actor's token ids."""
 
-    def score(batch: Batch, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
-        return OwnRows(batch, config).run(partial(reward_scores, engine))
+    def score(own: OwnRows, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
+        return own.run(partial(reward_scores, engine))
 
     return score
 
@@ -84,7 +87,7 @@ def retokenizing_scorer(
 ) -> Scorer:
     """Scores from a reward model with another tokenizer: each text is decoded and tokenized again."""
 
-    def score(batch: Batch, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
+    def score(own: OwnRows, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
         rows = []
         responses = texts(actor_tokenizer, completions)
         for prompt, response, completion in zip(prompts, responses, completions, strict=True):
@@ -92,8 +95,8 @@ def retokenizing_scorer(
             if completion.finished:  # a response that the limit has cut must not look like one that ended
                 ids = [*ids, reward_tokenizer.eos_token_id]
             rows.append((ids, [True] * len(ids)))
-        own = collate(rows, pad_id=reward_tokenizer.pad_token_id).to(batch.input_ids.device)
-        return OwnRows(own, config).run(partial(reward_scores, engine))
+        batch = collate(rows, pad_id=reward_tokenizer.pad_token_id).to(own.batch.input_ids.device)
+        return OwnRows(batch, config).run(partial(reward_scores, engine))
 
     return score
 
@@ -110,13 +113,12 @@ def function_scorer(name: str, tokenizer: PreTrainedTokenizerBase, minutes: floa
     """
     function = _import_function(name)
 
-    def score(batch: Batch, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
-        rank, world_size = distributed.rank(), distributed.world_size()
-        own = slice(*(len(prompts) * r // world_size for r in (rank, rank + 1)))
-        scores = checked(prompts[own], texts(tokenizer, completions[own]))
+    def score(own: OwnRows, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
+        share = distributed.own_share(len(prompts))
+        scores = checked(prompts[share], texts(tokenizer, completions[share]))
         result = torch.zeros(len(prompts))
-        result[own] = torch.tensor(scores, dtype=torch.float32)
-        return distributed.sum_over_ranks(result).to(batch.input_ids.device)
+        result[share] = torch.tensor(scores, dtype=torch.float32)
+        return distributed.sum_over_ranks(result).to(own.batch.input_ids.device)
 
     def checked(prompts: Sequence[PromptExample], responses: list[str]) -> list[float]:
         def call(prompts: Sequence[PromptExample], responses: list[str]) -> list[float]:

@@ -242,7 +242,7 @@ def a_rollout_on_two_ranks_equals_one(folder: Path) -> None:
             actor=engine,
             critic=critic,
             reference=lambda: contextlib.nullcontext(engine),  # noqa: B023
-            scorer=model_scorer(critic, config),
+            scorer=model_scorer(critic),
             generator=NativeGenerator(partial(generation_mode, engine), Endings.of(list(range(5, 30))), batch_size=2),
         )
         seeds = list(range(10))

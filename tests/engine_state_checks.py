@@ -27,7 +27,6 @@ from torch import Tensor
 from step1_sft.train import demonstration_loss
 from tests import distributed_checks
 from tests.distributed_checks import PAD, outcomes, rows
-from tests.launching import free_port
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from training import distributed
@@ -323,7 +322,7 @@ def main() -> None:
         together = [phases] if ranks > 1 else [[phase] for phase in phases]
         started = [
             context.Process(target=run_rank, args=(rank, ranks, port, names, folder), daemon=True)
-            for names, port in [(names, free_port()) for names in together]
+            for names, port in [(names, distributed.free_port()) for names in together]
             for rank in range(ranks)
         ]
         for process in started:

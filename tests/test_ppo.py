@@ -24,7 +24,7 @@ from step3_ppo.models import Models, load_models
 from step3_ppo.ppo import actor_loss, minibatch_rows, update
 from step3_ppo.progress import kl_controller
 from step3_ppo.rollout import Experience, Rollout, make_experience, row_seeds, sample_responses
-from step3_ppo.scoring import function_scorer, model_scorer, retokenizing_scorer
+from step3_ppo.scoring import OwnRows, function_scorer, model_scorer, retokenizing_scorer
 from step3_ppo.train import collect, rollout_metrics
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizers import EOS, PAD, VOCAB_SIZE, build_tokenizer, byte_ids
@@ -478,7 +478,7 @@ def test_the_reward_model_never_changes(make_config: Callable[..., PpoConfig]) -
     config = make_config()
     models, rollout, experience = start(config)
     update(models, experience, config, 0, None, None)
-    again = models.scorer(rollout.batch, rollout.prompts, rollout.completions)
+    again = models.scorer(OwnRows(rollout.batch, config), rollout.prompts, rollout.completions)
     assert torch.equal(again, rollout.scores)
 
 
@@ -979,6 +979,10 @@ COMPLETIONS = [
 ]
 
 
+def own(completions: list[Completion], sizes: Any = SIZES) -> OwnRows:
+    return OwnRows(rows_of(completions), sizes)
+
+
 def rows_of(completions: list[Completion]) -> Batch:
     rows = []
     for prompt, completion in zip(PROMPTS, completions, strict=False):
@@ -988,7 +992,7 @@ def rows_of(completions: list[Completion]) -> Batch:
 
 
 def test_a_function_gets_texts_and_records() -> None:
-    scores = function_scorer(f"{__name__}:echoes", TOKENIZER)(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+    scores = function_scorer(f"{__name__}:echoes", TOKENIZER)(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
     assert scores.tolist() == [0.5, 1.5]
     assert scores.dtype == torch.float32
 
@@ -1003,7 +1007,7 @@ def test_a_function_gets_texts_and_records() -> None:
 def test_scores_that_are_none_are_refused(function: str, message: str) -> None:
     scorer = function_scorer(f"{__name__}:{function}", TOKENIZER)
     with pytest.raises(ValueError, match=message):
-        scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+        scorer(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
 
 
 def raises_on_the_second(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
@@ -1019,13 +1023,13 @@ def test_a_function_that_raises_is_told_with_its_sample() -> None:
     scorer = function_scorer(f"{__name__}:raises_on_the_second", TOKENIZER)
     message = r"raised ZeroDivisionError: .*\(test_ppo\.py:\d+\) on the response to the prompt at prompts\.jsonl:2"
     with pytest.raises(ValueError, match=message):
-        scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+        scorer(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
 
 
 def test_a_function_that_does_not_return_is_given_up() -> None:
     scorer = function_scorer(f"{__name__}:never_returns", TOKENIZER, minutes=0.2 / 60)
     with pytest.raises(ValueError, match=r"did not return within .* at prompts\.jsonl:1 to prompts\.jsonl:2"):
-        scorer(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+        scorer(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
 
 
 @pytest.mark.parametrize("name", ["no_such_module_here:score", f"{__name__}:no_such_function"])
@@ -1039,9 +1043,9 @@ def test_scores_of_retokenized_text_are_the_direct_ones_where_tokenizers_agree(t
     config = EngineConfig(zero_stage=0, precision="fp32")
     model = load_scalar_model(ModelConfig(path=tiny_reward_model("llama")), torch.float32)
     engine = frozen_engine(model, config)
-    batch = rows_of(COMPLETIONS)
-    direct = model_scorer(engine, SIZES)(batch, PROMPTS[:2], COMPLETIONS)
-    again = retokenizing_scorer(engine, SIZES, TOKENIZER, TOKENIZER)(batch, PROMPTS[:2], COMPLETIONS)
+    rows = own(COMPLETIONS)
+    direct = model_scorer(engine)(rows, PROMPTS[:2], COMPLETIONS)
+    again = retokenizing_scorer(engine, SIZES, TOKENIZER, TOKENIZER)(rows, PROMPTS[:2], COMPLETIONS)
     torch.testing.assert_close(again, direct, rtol=0, atol=1e-5)
 
 
@@ -1051,9 +1055,9 @@ def test_scores_do_not_depend_on_the_micro_batch_size(
 ) -> None:
     """R1, L5"""
     model = load_scalar_model(ModelConfig(path=tiny_reward_model("llama")), torch.float32)
-    alone = model_scorer(model, SIZES)(rows_of(COMPLETIONS[:1]), PROMPTS[:1], COMPLETIONS[:1])
+    alone = model_scorer(model)(own(COMPLETIONS[:1]), PROMPTS[:1], COMPLETIONS[:1])
     sizes: Any = SimpleNamespace(micro_batch_size=micro_batch_size, micro_batch_tokens=micro_batch_tokens)
-    scores = model_scorer(model, sizes)(rows_of(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+    scores = model_scorer(model)(own(COMPLETIONS, sizes), PROMPTS[:2], COMPLETIONS)
     assert float(scores[0]) == pytest.approx(float(alone), abs=1e-5)
     assert scores.shape == (2,)
 

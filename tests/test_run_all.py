@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from scripts import run_all
-from scripts.processes import ROOT, Stopped, exclusive_folder, run_group, stage_command, stage_environment
+from scripts.processes import ROOT, Stopped, run_group, stage_command, stage_environment
 from scripts.run_all import RecipeConfig, load_recipe, run
 from tests.fake_run import fake_results
+from training.durable import OutputLock
 
 STEPS = {"step1_sft": "step1", "step2_reward": "step2", "step3_ppo": "step3"}
 
@@ -217,12 +218,9 @@ def test_a_recipe_without_a_folder_says_what_is_missing(capsys):
     assert "output_dir" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path):
-    refused = pytest.raises(ValueError, match=f"in use by another run .process {os.getpid()} on")
-    with exclusive_folder(tmp_path), refused, exclusive_folder(tmp_path):
-        pass
-    with exclusive_folder(tmp_path):
-        pass
+def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(recipe, fake_stages, tmp_path):
+    with OutputLock(tmp_path / "run"), pytest.raises(ValueError, match=f"run is in use by pid {os.getpid()} on"):
+        run(recipe)
 
 
 def test_the_recipe_has_a_step_for_each_stage():

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests import supervised_rank
-from tests.launching import ROOT, alone, environment, free_port, under_deepspeed, under_torchrun
+from tests.launching import ROOT, alone, environment, under_deepspeed, under_torchrun
+from training.distributed import free_port
 from training.signals import Process, launchers, this_process
 from training.supervision import EXIT_HUNG, EXIT_PEER_GONE, EXIT_STOPPED
 

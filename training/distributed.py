@@ -120,6 +120,13 @@ def announce(sentence: str) -> None:
         print(sentence, flush=True)
 
 
+def free_port() -> int:
+    """A port that nothing on this machine listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def device() -> torch.device:
     """This process's GPU; the CPU where there is none, or where DS_ACCELERATOR=cpu asks for it."""
     if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available():
@@ -141,6 +148,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """Elementwise maximum of a tensor over all ranks, as a new tensor of the same shape, dtype and device."""
     return _reduce_over_ranks(tensor, torch.distributed.ReduceOp.MAX)
+
+
+def own_share(count: int) -> slice:
+    """This rank's part of so many things in a row: as many on every rank as on the others, or one more."""
+    first, last = (count * part // world_size() for part in (rank(), rank() + 1))
+    return slice(first, last)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -172,10 +185,7 @@ def _is_first_to_fail() -> bool:
 
 
 def _become_a_run_of_one() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for name, value in zip(LAUNCHER_VARIABLES, ("0", "0", "1", "127.0.0.1", str(port)), strict=True):
+    for name, value in zip(LAUNCHER_VARIABLES, ("0", "0", "1", "127.0.0.1", str(free_port())), strict=True):
         os.environ[name] = value
         _set_by_start.append(name)
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.distributed import rank, world_size
+from training.distributed import own_share, rank, world_size
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names its running means of the gradient and of its square
@@ -75,12 +75,12 @@ def snapshot(engine: deepspeed.DeepSpeedEngine) -> EngineState:
     _check_supported(engine)
     tensors = {}
     for name, start, live in fragments(engine):
-        first, last = 0, len(live[MASTER])
+        saved = slice(0, len(live[MASTER]))
         if engine.zero_optimization_stage() == 0:  # every rank has all values and saves its share of them
-            first, last = (last * part // world_size() for part in (rank(), rank() + 1))
-        if first < last:
+            saved = own_share(saved.stop)
+        if saved.start < saved.stop:
             for kind, values in live.items():
-                tensors[f"{kind}/{name}/{start + first}"] = values[first:last].to("cpu", copy=True)
+                tensors[f"{kind}/{name}/{start + saved.start}"] = values[saved].to("cpu", copy=True)
     return EngineState(tensors, _scalars(engine))
 
 

@@ -45,8 +45,7 @@ def has_finished(config: Any) -> bool:
         return False
     saved = json.loads(file.read_text(encoding="utf-8")).get("config")
     refuse_changes(saved, as_plain(config), file, allowed=False)
-    if distributed.is_main():
-        print(f"this run has finished: {file} holds its results; set run.resume never to train anew", flush=True)
+    distributed.announce(f"this run has finished: {file} holds its results; set run.resume never to train anew")
     return True
 
 

@@ -364,8 +364,8 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "torch.where(rollout.finished, config.missing_eos_score, scores)",
         ),
         "the last rank leaves prompts out": (
-            "len(prompts) * r // world_size * samples_per_prompt",
-            "len(prompts) // world_size * r * samples_per_prompt",
+            "share = distributed.own_share(len(prompts))",
+            "share = distributed.own_share(len(prompts) // 2 * 2)",
         ),
         "all samples of a prompt are drawn with one seed": ("{stream}/{p}/{sample}", "{stream}/{p}"),
     },

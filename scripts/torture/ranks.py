@@ -3,7 +3,6 @@
 import importlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -73,9 +72,7 @@ def start(
         ranks: how many.
         in_rank: called in each process before it begins.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = distributed.free_port()
     log.write_bytes(b"")
     pids: list[int] = []
     for rank in range(ranks):
