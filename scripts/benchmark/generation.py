@@ -8,19 +8,18 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
-from transformers.utils import logging as transformers_logging
 
 from scripts.benchmark.backends import BACKENDS, Run, Workload
 from scripts.benchmark.ceilings import Ceilings, PeakMemory, measure_ceilings
 from scripts.benchmark.costs import SHAPES, Cost, rollout_costs
-from scripts.benchmark.reporting import circumstances, run_and_keep
+from scripts.benchmark.reporting import circumstances, run_and_keep, spread_of
 from training.config import check_range
 from training.config_files import load_config
 from training.costs import DecoderShape
@@ -283,15 +282,9 @@ def print_report(result: Mapping[str, Any]) -> None:
     print(f"\nratio: {BASELINE}'s seconds over the backend's, in each repeat. memory: {memory}, at its peak.")
 
 
-def spread_of(lengths: Sequence[int]) -> str:
-    return f"{min(lengths)}-{max(lengths)} (mean {statistics.mean(lengths):.0f})"
-
-
 def main() -> None:
     config = load_config(BenchmarkConfig)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    run_and_keep(partial(run, config), config.output)
+    run_and_keep(run, config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -302,7 +301,7 @@ def print_times(timed: Mapping[str, Any]) -> None:
 
 def main() -> None:
     config = load_config(KernelsConfig)
-    run_and_keep(partial(run, config), config.output)
+    run_and_keep(run, config)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ sizes.
 """
 
 import math
-import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from scripts.benchmark.floors import DTYPES, empty_model, floor_of, measure_best
 from scripts.benchmark.growth import grow
 from scripts.benchmark.peers import peer_versions, tune
 from scripts.benchmark.ppo_check import compare
 from scripts.benchmark.ppo_sides import BASELINES, PpoBenchmark, check_lengths, chosen_sides, job_of, make_job, starter
-from scripts.benchmark.reporting import circumstances, run_and_keep
+from scripts.benchmark.reporting import circumstances, run_and_keep, spread_of
 from scripts.benchmark.sides import figures, ratio_text, take_turns
 from scripts.benchmark.turns import Worker
 from scripts.benchmark.workloads import PpoJob
@@ -121,16 +119,10 @@ def print_report(result: Mapping[str, Any]) -> None:
 PHASE_WIDTHS = {"generate": 10, "score": 8, "train": 8}
 
 
-def spread_of(lengths: Sequence[int]) -> str:
-    return f"{min(lengths)}-{max(lengths)} (mean {statistics.mean(lengths):.0f})"
-
-
 def main() -> None:
     config = load_config(PpoBenchmark)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     work = compare if config.check else grow if config.grow else run
-    run_and_keep(partial(work, config), config.output)
+    run_and_keep(work, config)
 
 
 if __name__ == "__main__":

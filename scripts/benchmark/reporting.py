@@ -2,12 +2,14 @@
 
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from scripts.benchmark.ceilings import device_name
 from scripts.summary import describe_device, git_commit, installed_version
@@ -27,19 +29,26 @@ def circumstances(module: str, config: Any, device: torch.device, packages: Sequ
     }
 
 
-def run_and_keep(run: Callable[[], dict[str, Any]], output: str | None) -> None:
-    """Runs a benchmark and writes what it returns as JSON to `output`, if that is a file.
+def run_and_keep(run: Callable[[Any], dict[str, Any]], config: Any) -> None:
+    """Runs a benchmark and writes what it returns as JSON to `config.output`, if that is a file.
 
     What the user can mend, such as a model that does not exist, ends the process with one line and code 2.
     """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
-        result = run()
+        result = run(config)
     except (OSError, ValueError) as error:  # OSError is how transformers says that there is no such model
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if output is not None:
-        path = Path(output)
+    if config.output is not None:
+        path = Path(config.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Where things lie on this machine concerns nobody else.
         text = json.dumps(result, indent=2).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
         path.write_text(text + "\n")
+
+
+def spread_of(lengths: Sequence[int]) -> str:
+    """The range and the mean of lengths, for a heading."""
+    return f"{min(lengths)}-{max(lengths)} (mean {statistics.mean(lengths):.0f})"

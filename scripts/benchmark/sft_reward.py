@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from scripts.benchmark.peers import PEERS_PYTHON, has_trl, peer_versions
 from scripts.benchmark.reporting import circumstances, run_and_keep
@@ -159,9 +158,7 @@ def print_table(title: str, one: Mapping[str, Any]) -> None:
 
 def main() -> None:
     config = load_config(SupervisedBenchmark)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    run_and_keep(partial(run, config), config.output)
+    run_and_keep(run, config)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # Before torch is imported: two ranks of one thread each.
@@ -59,7 +60,9 @@ def main() -> None:
             count = getattr(options, name)
             for number, stage in enumerate(options.stages if count else ()):
                 share = count * (number + 1) // len(options.stages) - count * number // len(options.stages)
+                started = time.monotonic()
                 outcome = harm(workshop, stage, share, draw)
+                outcome.seconds = time.monotonic() - started
                 failed |= outcome.bitwise is False
                 print(f"{name.replace('_', ' ')}: {outcome.line()}", flush=True)
         if options.soak:

@@ -94,7 +94,7 @@ def stops(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Ou
 
 def resizes(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Outcome:
     """Ask a run to stop and go on with another number of ranks and another ZeRO stage, to 1e-4."""
-    outcome, started = Outcome(stage), time.monotonic()
+    outcome = Outcome(stage)
     right = workshop.right[stage].numbers()
     for number in range(count):
         run, ranks, zero_stage = workshop.copy(stage, f"resized-{number}"), 2, workshop.zero_stage
@@ -118,7 +118,6 @@ def resizes(workshop: Workshop, stage: str, count: int, draw: random.Random) -> 
         assert worst < 1e-4, f"{stage} differs by {worst} once it went on with {ranks} ranks at ZeRO {zero_stage}"
         outcome.worst = max(outcome.worst, worst)
     outcome.bitwise = None
-    outcome.seconds = time.monotonic() - started
     return outcome
 
 
@@ -127,7 +126,7 @@ def _harm_and_go_on(
 ) -> Outcome:
     """Harm a run at `count` random moments and start it again each time; a new one when it has come to its end."""
     outcome, run = Outcome(stage), workshop.copy(stage, harm.__name__)
-    right, started = workshop.right[stage].digest(), time.monotonic()
+    right = workshop.right[stage].digest()
     while outcome.faults < count:
         before = run.newest()
         processes = start(stage, run.file, run.log)
@@ -146,14 +145,13 @@ def _harm_and_go_on(
     run.finish()
     _check_where_it_began(run, before, outcome)
     _compare(run, right, outcome)
-    outcome.seconds = time.monotonic() - started
     return outcome
 
 
 def full_disks(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Outcome:
     """Let one rank write no file longer than a random length: the run ends with an error, goes on with room."""
     outcome, run = Outcome(stage), workshop.copy(stage, "full")
-    right, started = workshop.right[stage].digest(), time.monotonic()
+    right = workshop.right[stage].digest()
     largest = max(file.stat().st_size for file in workshop.right[stage].checkpoints.rglob("*.safetensors"))
     for _ in range(count):
         limit, victim = draw.randrange(1, largest), draw.randrange(2)
@@ -174,7 +172,6 @@ def full_disks(workshop: Workshop, stage: str, count: int, draw: random.Random) 
             run.forget()
     run.finish()
     _compare(run, right, outcome)
-    outcome.seconds = time.monotonic() - started
     return outcome
 
 
@@ -184,7 +181,7 @@ def bit_flips(workshop: Workshop, stage: str, count: int, draw: random.Random) -
     The last one is resumed from: the run takes the checkpoint before and ends as it would have.
     """
     outcome, run = Outcome(stage), workshop.copy(stage, "flipped")
-    right, started = workshop.right[stage].digest(), time.monotonic()
+    right = workshop.right[stage].digest()
     shutil.copytree(workshop.right[stage].output, run.output)
     for leftover in ("results.json", "final"):
         target = run.output / leftover
@@ -208,7 +205,6 @@ def bit_flips(workshop: Workshop, stage: str, count: int, draw: random.Random) -
     assert "it is now called damaged-" in run.log.read_text(), run.log.read_text()
     _check_where_it_began(run, 0, outcome)
     _compare(run, right, outcome)
-    outcome.seconds = time.monotonic() - started
     return outcome
 
 
