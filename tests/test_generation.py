@@ -195,6 +195,18 @@ def test_attention_that_the_hook_does_not_know_is_found_out(tiny_model: TinyMode
         assert not follows_the_hook(model)
 
 
+def test_rounding_in_a_deep_model_is_not_taken_for_another_attention() -> None:
+    """In 16 bits the largest of many thousand differences is a quarter of the logits' deviation and more."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 30}
+    config = LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.2)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert follows_the_hook(model)
+        model.model.layers[1].self_attn.layer_idx = 0
+        assert not follows_the_hook(model)
+
+
 def test_the_check_of_the_hook_fits_into_a_model_of_few_positions() -> None:
     sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=3)

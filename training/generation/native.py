@@ -257,5 +257,8 @@ def follows_the_hook(module: Any) -> bool:
     found = torch.stack(logits, dim=1).float()
     own = [module(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float() for row in rows]
     expected = torch.stack([row[length - 1 : length + steps] for row, length in zip(own, lengths, strict=True)])
-    tolerance = 1e-3 if next(module.parameters()).dtype == torch.float32 else 0.2
-    return bool(cache.layers) and bool((found - expected).abs().max() < tolerance * expected.std())
+    # Another attention is off by a third of the logits' deviation or more. Rounding to 16 bits in 30 layers comes to a
+    # twentieth, but to a quarter at the worst of a whole vocabulary, so that the largest difference tells little.
+    tolerance = 1e-3 if next(module.parameters()).dtype == torch.float32 else 0.15
+    error = (found - expected).square().mean().sqrt()
+    return bool(cache.layers) and bool(error < tolerance * expected.std())
