@@ -263,7 +263,9 @@ def _check_where_it_began(run: Run, before: int, outcome: Outcome) -> None:
 
 def _end(processes: Ranks, run: Run, seconds: float) -> list[int]:
     """The exit codes of ranks that must end by themselves within so many seconds."""
-    gone = processes.wait(seconds)
+    # Until all have met, and one prints, none can tell that another is missing: they wait run.timeout_minutes for it.
+    have_met = run.log.stat().st_size > 0
+    gone = processes.wait(seconds if have_met else WAIT_SECONDS)
     processes.kill()
     assert gone, f"{run.stage} was not gone within {seconds} s:\n{run.log.read_text()[-3000:]}"
     return list(processes.codes.values())
