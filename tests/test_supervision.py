@@ -172,7 +172,7 @@ def test_the_watchdog_names_a_rank_that_is_stopped(idle: dict[str, Run], stopped
     run = idle[f"stopped {stopped}"]
     assert run.code(1 - stopped, END_SECONDS) == EXIT_HUNG
     line = run.last_line(1 - stopped)
-    assert line.startswith("error: no rank has moved for 5 s (watchdog_minutes): ")
+    assert line.startswith("error: no rank has moved for 5 s (run.timeout_minutes): ")
     assert f"furthest behind is rank {stopped} (process {run.ranks[stopped].pid} on " in line
     assert re.search(r"in update of step \d+ for \d+ s, last seen at tests/supervised_rank.py:\d+ in main", line)
     assert line.endswith("and its process does not answer")

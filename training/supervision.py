@@ -225,7 +225,7 @@ class Supervisor:
                 if self._clock - gone_at >= PEER_GRACE_SECONDS:
                     self._end(EXIT_PEER_GONE, f"rank {self._rank} stops: {culprit}")
             elif self._clock - max(peer.moved_at for peer in self._peers) > self._watchdog_seconds:
-                report = f"no rank has moved for {self._watchdog_seconds:.0f} s (watchdog_minutes): {self._report()}"
+                report = f"no rank has moved for {self._watchdog_seconds:.0f} s (run.timeout_minutes): {self._report()}"
                 self._end(EXIT_HUNG, report, wait_seconds=self._exchange_seconds + POLL_SECONDS)
 
     def _culprit(self) -> str | None:
