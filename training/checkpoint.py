@@ -35,7 +35,8 @@ STATE_FILE, TENSORS_FILE = "state.json", "state.safetensors"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 # They decide how fast a run is, how much memory it needs and what it reports, but what it learns only to rounding.
 FREE_OPTIONS = {
-    *("output_dir", "log_every", "eval_every", "tensorboard", "wandb_project", "timeout_minutes", "samples_shown"),
+    *("output_dir", "log_every", "eval_every", "tensorboard", "wandb_project", "samples_shown"),
+    *("timeout_minutes", "function_minutes"),
     *("save_every", "save_minutes", "keep_checkpoints", "resume", "allow_changes", "max_skipped_steps"),
     *("zero_stage", "offload_optimizer", "offload_parameters", "gradient_checkpointing", "attention", "packing"),
     *("micro_batch_size", "micro_batch_tokens", "generator", "generation_batch_size", "kv_cache_gib", "keep_kv_cache"),
