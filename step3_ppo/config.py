@@ -118,6 +118,11 @@ class PpoConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference_path: str | None = None
     """Hub name or folder that the KL is measured from; None takes the actor as it starts."""
+    share_base: bool = False
+    """Keep one copy of the frozen weights for actor, critic and reward model, which then differ in adapters and heads
+    alone: a third of the memory for weights. `actor.path` is a whole model, and the reward model what step 2 trained
+    on that very model with lora.rank above 0. The critic goes on with the reward model's adapters, in place of new
+    ones on top of them; scoring takes a little longer, as the reward model's adapters stay apart from its weights."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     actor_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, schedule="linear", eps=1e-5))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6, schedule="linear", eps=1e-5))
@@ -240,10 +245,31 @@ class PpoConfig:
                 f"critic_warmup_iterations is {self.critic_warmup_iterations} of {self.iterations} iterations, so the "
                 "actor would never be trained: choose fewer"
             )
+        if self.share_base:
+            self._check_sharing()
         check_format(self.data.format, "prompt")
         check_held_out(self.data)
         check_micro_batch_tokens(self.micro_batch_tokens, self.data.max_prompt_tokens + self.sampling.max_new_tokens)
         self.check_ranks(num_processes())
+
+    def _check_sharing(self) -> None:
+        trained = [("actor", self.actor)] + ([("critic", self.critic)] if self.uses_critic else [])
+        for name, model in trained:
+            if model.lora.rank == 0:
+                raise ValueError(
+                    f"share_base is True, but {name}.lora.rank is 0, which trains the weights that were to be shared: "
+                    f"set {name}.lora.rank, or leave share_base out"
+                )
+        if self.engine.zero_stage == 3:
+            raise ValueError(
+                "share_base is True, but engine.zero_stage is 3, which splits the weights of each model over the GPUs: "
+                "set zero_stage to 2, or leave share_base out"
+            )
+        if not self.uses_critic and self.reward.function is not None:
+            raise ValueError(
+                f"share_base is True, but {self.estimator} has no critic and reward.function needs no model, so the "
+                "actor has nobody to share with: leave share_base out"
+            )
 
     @property
     def responses(self) -> int:

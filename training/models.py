@@ -156,6 +156,36 @@ def load_scalar_model(
     return ScalarModel(_finish(model, config, task="SEQ_CLS"), gain, bias)
 
 
+def load_scalar_model_on(base: PeftModel, config: ModelConfig, dtype: torch.dtype) -> ScalarModel:
+    """A model with a scalar head and adapters whose other weights are those of `base`: the same memory.
+
+    Args:
+        base: as `load_causal_lm` gives it with adapters, not yet in an engine.
+        config: of the same base. A folder with adapters of a reward model gives adapters and head, which are trained
+            on if `config.lora.rank` > 0 and are frozen otherwise. From the base itself both are new, the output 0.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: the adapters do not fit.
+    """
+    whole = base.get_base_model()
+    base_config = _read_config(whole.name_or_path, config, num_labels=1)
+    with torch.device("meta"):  # the weights are there already
+        model = AutoModelForSequenceClassification.from_config(
+            base_config, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code
+        )
+    _put_head(model)
+    model.score.weight = nn.Parameter(torch.zeros_like(model.score.weight, dtype=dtype, device="cpu"))
+    _take_weights(model.base_model, whole.base_model)
+    if config.packing:
+        let_pack(model)
+    if holds_adapter(config.path):
+        trained = config.lora.rank > 0
+        model = _with_adapters(model, config.path, is_trainable=trained, autocast_adapter_dtype=False)
+    gain, bias = _read_normalization(config.path)
+    return ScalarModel(_finish(model, config, task="SEQ_CLS"), gain, bias)
+
+
 def is_reward_model(config: ModelConfig) -> bool:
     """Whether the folder or hub name holds a model with a score head."""
     if holds_adapter(config.path):
@@ -189,15 +219,30 @@ def _load_with_head(
     """The sequence-classification model, and whether its head is new."""
     is_new = not is_reward_model(config)
     model = _load(AutoModelForSequenceClassification, config, dtype, zero3_options, new_head=is_new, num_labels=1)
+    _put_head(model)
+    return model, is_new
+
+
+def _put_head(model: PreTrainedModel) -> None:
+    """Makes the head of a sequence-classification model a `ScalarHead`."""
     if not hasattr(model, "score"):
         raise ValueError(
-            f"{type(model).__name__} of {config.path} keeps its head elsewhere: choose another architecture"
+            f"{type(model).__name__} of {model.name_or_path} keeps its head elsewhere: choose another architecture"
         )
     head = ScalarHead(1, 1, bias=False)
     head.weight = model.score.weight
     head.in_features = model.score.in_features
     model.score = head
-    return model, is_new
+
+
+def _take_weights(decoder: nn.Module, source: nn.Module) -> None:
+    """Gives a decoder the frozen weights of another one, which has adapters, as its own."""
+    names = dict(source.named_parameters(remove_duplicate=False))
+    taken = {name.replace("base_layer.", ""): weight for name, weight in names.items() if not weight.requires_grad}
+    # The very parameters, not only their values: a move to the GPU then moves them for all who hold them.
+    for name, value in [*taken.items(), *source.named_buffers()]:
+        module, _, last = name.rpartition(".")
+        setattr(decoder.get_submodule(module), last, value)
 
 
 def _load(
@@ -222,13 +267,9 @@ def _load_weights(
 ) -> PreTrainedModel:
     with _reading(path):
         check_model(path, config.revision)
-        model_config = AutoConfig.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code, **overrides
-        )
-        _switch_dropout_off(model_config)
         model, info = auto_class.from_pretrained(
             path,
-            config=model_config,
+            config=_read_config(path, config, **overrides),
             revision=config.revision,
             dtype=dtype,
             attn_implementation=config.attention,
@@ -254,21 +295,35 @@ def _load_weights(
     return model
 
 
+def _read_config(path: str, config: ModelConfig, **overrides: Any) -> PretrainedConfig:
+    model_config = AutoConfig.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code, **overrides
+    )
+    _switch_dropout_off(model_config)
+    return model_config
+
+
 def _merge(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """`model` with the adapters of a folder added to its weights."""
+    return _with_adapters(model, folder).merge_and_unload().requires_grad_(True)  # peft froze what it adapted
+
+
+def _with_adapters(model: PreTrainedModel, folder: str | Path, **options: bool) -> PeftModel:
+    """`model` with the adapters of a folder beside its weights, without dropout; `options` of peft's loader."""
     _read_adapter(folder)
     settings = AdapterConfig.from_pretrained(folder)
     if settings.task_type == "CAUSAL_LM":
         settings.task_type = None  # else peft asks for a model that generates, and under a score head it does not
-    adapted = PeftModel.from_pretrained(model, folder, config=settings)
+    settings.lora_dropout = 0.0  # that of the run that trained them
+    adapted = PeftModel.from_pretrained(model, folder, config=settings, **options)
     # Loaded once more, because only this call tells what did not fit.
-    info = adapted.load_adapter(folder, adapted.active_adapter)
+    info = adapted.load_adapter(folder, adapted.active_adapter, **options)
     if info.missing_keys or info.unexpected_keys:
         raise ValueError(
             f"{folder} does not hold the adapters of {type(model).__name__}: missing {_few(info.missing_keys)}, "
             f"unexpected {_few(info.unexpected_keys)}. Give a folder written by save_pretrained on this base model"
         )
-    return adapted.merge_and_unload().requires_grad_(True)  # peft froze what it adapted
+    return adapted
 
 
 def _read_adapter(folder: str | Path) -> dict[str, Any]:
@@ -311,8 +366,8 @@ def _split_while_loading(zero3_options: dict | None) -> Iterator[None]:
         del keep_alive
 
 
-def _finish(model: PreTrainedModel, config: ModelConfig, task: str) -> nn.Module:
-    if config.lora.rank > 0:
+def _finish(model: PreTrainedModel | PeftModel, config: ModelConfig, task: str) -> nn.Module:
+    if config.lora.rank > 0 and not isinstance(model, PeftModel):
         model = get_peft_model(model, _peft_config(config.lora, task), autocast_adapter_dtype=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
