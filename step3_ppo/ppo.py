@@ -126,10 +126,13 @@ def update(
 
 
 def minibatch_rows(num_rows: int, config: PpoConfig, iteration: int, step: int) -> Tensor:
-    """Rows of an iteration's optimizer step: every epoch takes each once, in an order that follows from counters."""
+    """Rows of an iteration's optimizer step: every epoch takes each once, in an order that follows from counters.
+
+    Within a step they stand as in the rollout, where samples of one prompt are neighbours: packed rows then share it.
+    """
     epoch, part = divmod(step, num_rows // config.train_batch_size)
     order = np.random.default_rng((config.run.seed, iteration, epoch)).permutation(num_rows)
-    return torch.from_numpy(order[part * config.train_batch_size :][: config.train_batch_size])
+    return torch.from_numpy(np.sort(order[part * config.train_batch_size :][: config.train_batch_size]))
 
 
 def actor_step(

@@ -21,6 +21,7 @@ from training.data import Batch, collate, share_out
 from training.examples import PromptExample
 from training.forward import reward_scores
 from training.generation.interface import Completion
+from training.packing import repeated_tokens
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping]], Sequence[float]]
 
@@ -34,13 +35,15 @@ class OwnRows:
         sizes = batch.sizes
         lengths = [tokens for tokens, _ in sizes]
         shares = share_out(lengths, distributed.world_size(), config.micro_batch_size, config.micro_batch_tokens)
-        # A rank without rows runs along with some, because its weights may be needed; what it finds is left out.
-        parts = [(part or [0], bool(part)) for part in shares[distributed.rank()]]
+        # In the order of the batch, in which samples of one prompt are neighbours: packed rows then share it. A rank
+        # without rows runs along with some, because its weights may be needed; what it finds is left out.
+        parts = [(sorted(part) or [0], bool(part)) for part in shares[distributed.rank()]]
         self.counts = [is_counted for _, is_counted in parts]
         self.rows = [torch.tensor(part, dtype=torch.long, device=batch.input_ids.device) for part, _ in parts]
         self.micro_batches = [batch.rows(rows) for rows in self.rows]
         self.sizes = [[sizes[row] for row in part] for part, _ in parts]
         """Tokens and response tokens of each row of each micro-batch."""
+        self.repeated = [repeated_tokens(b.input_ids, b.attention_mask) for b in self.micro_batches]
 
     def run(self, forward: Callable[[Batch], Tensor]) -> Tensor:
         """What `forward` says of all rows, each computed on one rank. Every rank must call this.
@@ -61,9 +64,9 @@ class OwnRows:
 
     def count_passes(self, accounting: Accounting, phase: str, model: Any, **kind: bool) -> None:
         """Tell `accounting` of a forward of `model` over these rows; `kind` as `Accounting.add_pass` has it."""
-        for micro_batch, sizes in zip(self.micro_batches, self.sizes, strict=True):
+        for micro_batch, sizes, repeated in zip(self.micro_batches, self.sizes, self.repeated, strict=True):
             tokens, logits = (list(column) for column in zip(*sizes, strict=True))
-            accounting.add_pass(phase, model, micro_batch.input_ids, tokens, sum(logits), **kind)
+            accounting.add_pass(phase, model, micro_batch.input_ids, tokens, sum(logits), repeated=repeated, **kind)
 
 
 Scorer = Callable[[OwnRows, Sequence[PromptExample], Sequence[Completion]], Tensor]

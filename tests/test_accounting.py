@@ -19,6 +19,7 @@ from training.accounting import (
 )
 from training.config import LoraConfig, ModelConfig
 from training.models import load_causal_lm, load_scalar_model
+from training.packing import repeated_tokens
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -275,6 +276,26 @@ def test_a_pass_has_its_useful_work_and_the_positions_that_its_model_computes(
         metrics = books.metrics()
         assert metrics["gemm_share/whole"] == flops / 100
         assert metrics["tokens/padding_share"] == (0 if packing else 13 / 24)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_beginning_that_is_computed_once_counts_once(
+    books: Accounting, hand: Hand, packing: bool, tiny_model: Callable[[str], str]
+) -> None:
+    """Three rows of 22, 20 and 18 tokens that begin with the same 17: 26 tokens, 17 x 18 / 2 pairs, and those behind.
+
+    Behind the 17 stand 5, 3 and 1 tokens, which look at the 17 and at 15, 6 and 1 of their own.
+    """
+    actor = load(tiny_model("llama"), packing=packing)
+    lengths = [22, 20, 18]
+    mask = torch.arange(24) < torch.tensor(lengths)[:, None]
+    ids = torch.where(torch.arange(24) < 17, 3, torch.arange(3)[:, None] + 4)
+    hand.forward(1.0)
+    books.add_pass("score", actor, ids, lengths, 9, repeated=repeated_tokens(ids, mask))
+    together = 26 * 2 * 15360 + 2 * 128 * (17 * 18 // 2 + 17 * 9 + 15 + 6 + 1)
+    apart = 60 * 2 * 15360 + 2 * 128 * sum(length * (length + 1) // 2 for length in lengths)
+    head = 2 * actor.lm_head.weight.numel() * 9
+    assert books.metrics()["gemm_share/whole"] == ((together if packing else apart) + head) / 100
 
 
 def test_the_reference_and_the_rollout_of_an_actor_with_adapters_pass_none(

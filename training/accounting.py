@@ -133,6 +133,7 @@ class Accounting:
         lengths: Sequence[int],
         logits: int,
         *,
+        repeated: Sequence[int] = (),
         training: bool = False,
         adapters: bool = True,
     ) -> None:
@@ -143,13 +144,18 @@ class Accounting:
             input_ids: [rows, time]; only their shape is looked at.
             lengths: tokens of each row, as numbers of the host: asking the device for them would make it wait.
             logits: response tokens of all rows.
+            repeated: as `packing.repeated_tokens` has it; they count where they are computed once.
             adapters: false for the reference that is the actor with its adapters off.
         """
         shape = self.shape_of(model)
         count = shape.training_flops if training else partial(shape.forward_flops, adapters=adapters)
         tokens = sum(lengths)
-        positions = tokens if packs(transformer_of(model)) else input_ids.numel()
-        self.add(phase, flops=count(lengths, logits), tokens=tokens, positions=positions)
+        if not packs(transformer_of(model)):
+            self.add(phase, flops=count(lengths, logits), tokens=tokens, positions=input_ids.numel())
+            return
+        # Both are linear in rows: what is not computed is what passes of those beginnings alone would be.
+        flops = count(lengths, logits) - count(repeated, 0)
+        self.add(phase, flops=flops, tokens=tokens, positions=tokens)
 
     def add(self, phase: str, *, flops: int, tokens: int, positions: int | None = None) -> None:
         """Counts useful work of this rank.

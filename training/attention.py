@@ -1,5 +1,6 @@
 """Attention within sequences that stand one after the other, without padding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +40,94 @@ class SideBySide:
 
         Returns: [tokens, heads, head_dim].
         """
-        group = query.shape[0] // key.shape[0]
-        mask = causal_mask(self.shape[1], rule.sliding_window, query.device)
-        key, value = (self._laid_out(part).repeat_interleave(group, 1) for part in (key, value))
-        attended = attention(self._laid_out(query), key, value, mask, rule)
+        return self.attend_laid_out(self.laid_out(query), self.laid_out(key), self.laid_out(value), rule)
+
+    def attend_laid_out(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, mask: Tensor | None = None
+    ) -> Tensor:
+        """As `attend`, of what `laid_out` gives; where keys and values are more, with a mask as `attention` has it."""
+        group = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(group, 1) for part in (key, value))
+        if mask is None:
+            mask = causal_mask(self.shape[1], rule.sliding_window, query.device)
+        in_16_bits = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        is_short = in_16_bits and key.shape[2] <= SHORT_TOKENS
+        attended = (by_products if is_short else attention)(query, key, value, mask, rule)
         return attended.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
-    def _laid_out(self, x: Tensor) -> Tensor:
+    def laid_out(self, x: Tensor) -> Tensor:
         """[heads, tokens, head_dim] -> [sequences, heads, longest, head_dim], 0 in padding."""
         rows = x.new_zeros(self.shape[0] * self.shape[1], x.shape[0], x.shape[2])
         return rows.index_copy(0, self.places, x.transpose(0, 1)).unflatten(0, self.shape).transpose(1, 2)
+
+
+class Branches:
+    """What some sequences go on with, each in as many ways; all of it stands side by side."""
+
+    def __init__(self, numbers: Tensor, ends: Tensor, lengths: Tensor, device: torch.device | str) -> None:
+        """All on the CPU.
+
+        Args:
+            numbers: [sequences] which of all sequences branch.
+            ends: [sequences] tokens of each of them.
+            lengths: [sequences, branches] tokens of each branch.
+        """
+        self.sizes = lengths.shape
+        self.own = SideBySide(lengths.flatten(), device)
+        self._numbers = numbers.to(device)
+        self._seen_before = int(ends.max())
+        column, own = torch.arange(self._seen_before), torch.arange(self.own.shape[1])
+        start = ends.repeat_interleave(lengths.shape[1])[:, None]
+        behind_all = self._seen_before + len(own)  # the place of padding, which so is never seen
+        before = torch.where(column < start, column, behind_all)
+        self._positions = (start + own).to(device), torch.cat([before, start + own], dim=1).to(device)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """As `SideBySide.attend`, with `keys` and `values` of all sequences as its `laid_out` gives them."""
+        keys = torch.cat([self._for_each_branch(keys), self.own.laid_out(key)], dim=2)
+        values = torch.cat([self._for_each_branch(values), self.own.laid_out(value)], dim=2)
+        return self.own.attend_laid_out(self.own.laid_out(query), keys, values, rule, self._mask(rule.sliding_window))
+
+    def _for_each_branch(self, x: Tensor) -> Tensor:
+        # Expanded, not indexed: the gradients of branches add up in one sum, and always in the same order.
+        shared = x.index_select(0, self._numbers)[:, None, :, : self._seen_before]
+        return shared.expand(-1, self.sizes[1], -1, -1, -1).flatten(0, 1)
+
+    def _mask(self, sliding_window: int | None) -> Tensor:
+        """[branches, 1, queries, keys] bool, true where a token looks."""
+        if sliding_window not in self._masks:  # the same for all layers
+            queries, keys = self._positions[0][:, None, :, None], self._positions[1][:, None, None]
+            seen = keys <= queries
+            self._masks[sliding_window] = seen if sliding_window is None else seen & (keys > queries - sliding_window)
+        return self._masks[sliding_window]
+
+
+class Branching:
+    """Sequences that stand one after the other, and behind all of them the branches that some go on in."""
+
+    def __init__(self, lengths: Tensor, branches: Sequence[tuple[Tensor, Tensor]], device: torch.device | str) -> None:
+        """All on the CPU.
+
+        Args:
+            lengths: [all sequences] tokens of each, up to where it branches.
+            branches: which sequences branch [sequences], and tokens of their branches [sequences, branches]: one pair
+                for all sequences with as many branches.
+        """
+        self._sequences = SideBySide(lengths, device)
+        self._branches = [Branches(numbers, lengths[numbers], own, device) for numbers, own in branches]
+        self._sizes = [int(lengths.sum()), *(int(own.sum()) for _, own in branches)]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+        """As `SideBySide.attend`; a branch also sees the sequence that it goes on from."""
+        queries, keys, values = (part.split(self._sizes, dim=1) for part in (query, key, value))
+        laid_query, laid_key, laid_value = (self._sequences.laid_out(part[0]) for part in (queries, keys, values))
+        attended = [self._sequences.attend_laid_out(laid_query, laid_key, laid_value, rule)]
+        for number, branches in enumerate(self._branches, start=1):
+            attended.append(branches.attend(queries[number], keys[number], values[number], rule, laid_key, laid_value))
+        return torch.cat(attended)
 
 
 def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
@@ -72,10 +151,13 @@ SHORT_TOKENS = 192
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:
     """[batch, heads, queries, head_dim]; a mask is bool or additive, and without one it is causal."""
-    in_16_bits = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-    is_short = in_16_bits and query.shape[-2] == key.shape[-2] <= SHORT_TOKENS
-    if rule.softcap is None and not is_short:
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=rule.scaling)
+    if rule.softcap is not None:
+        return by_products(query, key, value, mask, rule)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=rule.scaling)
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:
+    """As `attention`, by its definition."""
     scale = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     products = (query @ key.transpose(-1, -2)).float().mul_(scale)
     if rule.softcap is not None:

@@ -25,7 +25,8 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 OUT_OF_MEMORY = (
     "The GPU's memory is full. For activations, lower micro_batch_tokens or micro_batch_size, or set "
     "gradient_checkpointing; for rollouts, lower generation_batch_size or kv_cache_gib, or set keep_kv_cache False; "
-    "for weights and optimizer, raise engine.zero_stage, set engine.offload_optimizer, or train adapters with lora.rank and share_base"
+    "for weights and optimizer, raise engine.zero_stage, set engine.offload_optimizer, or train adapters with "
+    "lora.rank and share_base"
 )
 # DeepSpeed reads these as long as it runs, so `stop` takes back what `start` has set: a child would join this group.
 _set_by_start: list[str] = []

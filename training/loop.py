@@ -16,6 +16,7 @@ from training.distributed import device, rank, sum_over_ranks, world_size
 from training.engine import backward_and_step, gradient_norm
 from training.examples import PreferenceDataset, TokenizedDataset
 from training.metrics import MetricsLogger
+from training.packing import repeated_tokens
 
 Micro = TypeVar("Micro", Batch, PairBatch)
 LossFunction = Callable[[Any, Any, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
@@ -100,6 +101,7 @@ def fit(
     for step, micro_batches in enumerate(steps, start=start_step + 1):
         lengths = [batch_of(micro_batch).lengths for micro_batch in micro_batches]  # while they are in host memory
         logits = [batch_of(micro_batch).num_response_tokens for micro_batch in micro_batches]
+        repeated = [repeated_tokens(b.input_ids, b.attention_mask) for b in map(batch_of, micro_batches)]
         micro_batches = [micro_batch.to(device()) for micro_batch in micro_batches]
         denominator = sum_over_ranks(torch.stack([count_fn(micro_batch) for micro_batch in micro_batches]).sum())
         sums: dict[str, Tensor] = {}
@@ -107,7 +109,8 @@ def fit(
         for number, micro_batch in enumerate(micro_batches):
             ids = batch_of(micro_batch).input_ids
             if accounting is not None:
-                accounting.add_pass("train", engine, ids, lengths[number], logits[number], training=True)
+                sizes = lengths[number], logits[number]
+                accounting.add_pass("train", engine, ids, *sizes, repeated=repeated[number], training=True)
             with phase_of(accounting, "train"):
                 loss, extra = loss_fn(engine, micro_batch, denominator.clamp(min=1e-8))
                 last = number == len(micro_batches) - 1

@@ -8,8 +8,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/losses.py": ("test_losses.py", "test_ppo.py"),
     "training/rewards.py": ("test_rewards.py", "test_ppo.py"),
     "training/forward.py": ("test_forward.py", "test_packing.py", "test_ppo.py"),
-    "training/packing.py": ("test_packing.py", "test_forward.py"),
-    "training/attention.py": ("test_packing.py", "test_generation.py"),
+    "training/packing.py": ("test_packing.py", "test_shared_prompts.py", "test_forward.py"),
+    "training/attention.py": ("test_packing.py", "test_shared_prompts.py", "test_generation.py"),
     "training/tokenization.py": ("test_data.py", "test_models.py"),
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
     "training/models.py": ("test_models.py", "test_export.py", "test_ppo.py"),
@@ -157,8 +157,14 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             'AttentionRule(options.get("scaling"),',
             "AttentionRule(1.0,",
         ),
+        "padding is taken for a shared beginning": ("& real[1:] & real[:-1]", ""),
     },
     "training/attention.py": {
+        "a branch sees the token after its own": ("seen = keys <= queries", "seen = keys <= queries + 1"),
+        "the sliding window of a branch is one token too long": (
+            "keys > queries - sliding_window",
+            "keys >= queries - sliding_window",
+        ),
         "packed tokens see what follows them": ("is_causal=mask is None", "is_causal=False"),
         "the sliding window of packed rows is one token too long": (
             "(distance < sliding_window)",
@@ -204,7 +210,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "if missing or unexpected or reshaped:",
             "if unexpected or reshaped:",
         ),
-        "adapters are dropped in place of merged": ("adapted.merge_and_unload()", "adapted.unload()"),
+        "adapters are dropped in place of merged": (".merge_and_unload()", ".unload()"),
     },
     "training/generation/sampler.py": {
         "the sampler forgets the temperature": (
