@@ -27,4 +27,4 @@ cd -- "$root"
 check "ruff check" "$python" -m ruff check --quiet .
 check "ruff format" "$python" -m ruff format --check .
 check "mypy" "$python" -m mypy --no-error-summary
-check "pytest" "$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+check "pytest" "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -15,7 +15,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# They take a minute or more, so they come first: one that comes last would keep one of two processes waiting.
+LONG_FILES = ("test_torture.py", "test_pipeline.py", "test_engine_state.py", "test_learning.py", "test_supervision.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -119,7 +119,7 @@ def test_continuous_integration_runs_test_sh():
     assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     commands = (ROOT / "scripts" / "test.sh").read_text()
-    for tool in ("ruff check", "ruff format", "mypy", 'pytest "$@"', "setup.sh"):
+    for tool in ("ruff check", "ruff format", "mypy", "pytest", '"$@"', "setup.sh"):
         assert tool in commands
 
 

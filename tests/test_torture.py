@@ -8,21 +8,18 @@ from tests.launching import alone, run_well
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "outcomes"),
     [
-        ("--kills", "6", "--bit-flips", "60", "--disk-full", "3", "--resizes", "3"),
-        ("--stops", "3", "--rank-deaths", "3", "--zero-stage", "3", "--lora", "--precision", "bf16"),
+        (("--kills", "6", "--bit-flips", "60", "--disk-full", "1", "--resizes", "1"), 3 + 3 + 1 + 1),
+        (("--stops", "2", "--rank-deaths", "2", "--zero-stage", "3", "--lora", "--precision", "bf16"), 2 + 2),
     ],
     ids=["ZeRO 2, all weights, fp32", "ZeRO 3, adapters, bf16"],
 )
-def test_whatever_happens_to_a_run_it_ends_as_if_nothing_had(options: tuple[str, ...]) -> None:
+def test_whatever_happens_to_a_run_it_ends_as_if_nothing_had(options: tuple[str, ...], outcomes: int) -> None:
     """O1, O2, O3"""
     printed = run_well(alone("scripts.torture", *options), timeout_seconds=400)
     lines = [line for line in printed.splitlines() if "faults" in line]
-    harms = sum(
-        option.startswith("--") and option not in ("--zero-stage", "--lora", "--precision") for option in options
-    )
-    assert len(lines) == 3 * harms
+    assert len(lines) == outcomes  # one for each harm to each of the stages that have a share in it
     for line in lines:
         found = re.search(r"(\d+) faults, (\d+) resumes from a checkpoint, (\d+) runs ended", line)
         assert found and int(found[1]) >= 1 and int(found[3]) >= 1, line

@@ -60,6 +60,8 @@ def main() -> None:
             count = getattr(options, name)
             for number, stage in enumerate(options.stages if count else ()):
                 share = count * (number + 1) // len(options.stages) - count * number // len(options.stages)
+                if share == 0:
+                    continue
                 started = time.monotonic()
                 outcome = harm(workshop, stage, share, draw)
                 outcome.seconds = time.monotonic() - started

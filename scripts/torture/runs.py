@@ -100,7 +100,8 @@ class Workshop:
             options["run"] |= {"save_every": 1 if stage == "step3_ppo" else 2, "timeout_minutes": 1.0, "eval_every": 3}
         for stage in STAGES[:2]:
             self.options[stage] |= {"max_steps": 12, "epochs": 9}
-        self.options["step3_ppo"] |= {"iterations": 5, "ema_decay": 0.5}
+        # Micro-batches of 1, so that 4 ranks can have one each.
+        self.options["step3_ppo"] |= {"iterations": 5, "ema_decay": 0.5, "micro_batch_size": 1}
         self.right = {stage: Run(stage, folder / "right", options) for stage, options in self.options.items()}
         self.seconds: dict[str, float] = {}
         for stage, run in self.right.items():
