@@ -6,7 +6,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,11 @@ class OwnRows:
         self.micro_batches = [batch.rows(rows) for rows in self.rows]
         self.sizes = [[sizes[row] for row in part] for part, _ in parts]
         """Tokens and response tokens of each row of each micro-batch."""
-        self.repeated = [repeated_tokens(b.input_ids, b.attention_mask) for b in self.micro_batches]
+
+    @cached_property
+    def repeated(self) -> list[list[int]]:
+        """Tokens of each micro-batch that packing computes once for several rows; asked for by the accounts alone."""
+        return [repeated_tokens(b.input_ids, b.attention_mask) for b in self.micro_batches]
 
     def run(self, forward: Callable[[Batch], Tensor]) -> Tensor:
         """What `forward` says of all rows, each computed on one rank. Every rank must call this.

@@ -89,16 +89,22 @@ def test_packed_values_and_scores_are_the_padded_ones(tiny_reward_model: TinyMod
     assert_same_gradients(*gradients[::-1])
 
 
-def test_padding_is_not_computed_and_the_head_reads_the_response_alone(tiny_model: TinyModel) -> None:
-    model: Any = loaded(tiny_model("llama"), packing=True)
+def tokens_of_linear_layers(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """How many tokens each linear layer multiplies in a forward for the log-probabilities; by its name."""
     seen: dict[str, int] = {}
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
             part.register_forward_hook(
                 lambda _, inputs, __, name=name: seen.update({name: inputs[0].shape[:-1].numel()})
             )
-    batch = batch_of()
     response_logprobs(model, batch)
+    return seen
+
+
+def test_padding_is_not_computed_and_the_head_reads_the_response_alone(tiny_model: TinyModel) -> None:
+    model: Any = loaded(tiny_model("llama"), packing=True)
+    batch = batch_of()
+    seen = tokens_of_linear_layers(model, batch)
     assert seen.pop("lm_head") == batch.response_mask[:, 1:].sum()
     assert set(seen.values()) == {batch.num_tokens}
     assert batch.num_tokens < batch.input_ids.numel()

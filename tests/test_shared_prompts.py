@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from step3_ppo.scoring import OwnRows
-from tests.test_packing import KNOWN, assert_same_gradients, loaded, numbers_and_gradients
+from tests.test_packing import KNOWN, assert_same_gradients, loaded, numbers_and_gradients, tokens_of_linear_layers
 from tests.tiny_models import CONFIGS
 from tests.tiny_tokenizers import NUM_SPECIAL, PAD, VOCAB_SIZE
 from training import head
@@ -166,14 +166,8 @@ def test_shared_values_and_scores_are_the_padded_ones(tiny_reward_model: TinyMod
 
 def test_layers_compute_the_prompt_once_and_the_head_each_response(tiny_model: TinyModel) -> None:
     model: Any = loaded(tiny_model("llama"), packing=True)
-    seen: dict[str, int] = {}
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Linear):
-            part.register_forward_hook(
-                lambda _, inputs, __, name=name: seen.update({name: inputs[0].shape[:-1].numel()})
-            )
     batch, tokens = BATCHES["8 samples"]
-    response_logprobs(model, batch)
+    seen = tokens_of_linear_layers(model, batch)
     assert seen.pop("lm_head") == batch.num_response_tokens
     assert set(seen.values()) == {tokens}
 
