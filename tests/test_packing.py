@@ -1,6 +1,6 @@
 """Packed forwards: the numbers and gradients of the padded ones, at the cost of the real tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,22 @@ def test_a_checkpointed_layer_finds_its_batch_again(tiny_model: TinyModel, lora:
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
 def test_packed_values_and_scores_are_the_padded_ones(tiny_reward_model: TinyModel, architecture: str) -> None:
-    path = tiny_reward_model(architecture)
+    compare_values_and_scores(tiny_reward_model(architecture), [batch_of()])
+
+
+def compare_values_and_scores(path: str, batches: Sequence[Batch]) -> None:
+    """Values of all real positions, scores, and gradients of both, packed and padded."""
     found, gradients = [], []
-    batch = batch_of()
     for packing in (False, True):
         model = load_scalar_model(ModelConfig(path=path, packing=packing), torch.float32)
-        values = torch.where(batch.attention_mask, critic_values(model, batch), 0.0)
-        scores = reward_scores(model, batch)
-        (values[batch.response_mask].sum() + scores.square().sum()).backward()
-        found.append((values[batch.response_mask].detach(), scores.detach()))
+        numbers = []
+        for batch in batches:
+            values = torch.where(batch.attention_mask, critic_values(model, batch), 0.0)
+            weights = torch.linspace(-1, 1, values.numel()).view(values.shape)
+            scores = reward_scores(model, batch)
+            ((weights * values).sum() + scores.square().sum()).backward()
+            numbers += [values.detach(), scores.detach()]
+        found.append(numbers)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
     assert_same_gradients(*gradients[::-1])

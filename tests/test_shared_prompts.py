@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from step3_ppo.scoring import OwnRows
-from tests.test_packing import KNOWN, assert_same_gradients, loaded, numbers_and_gradients, tokens_of_linear_layers
+from tests.test_packing import (
+    KNOWN,
+    assert_same_gradients,
+    compare_values_and_scores,
+    loaded,
+    numbers_and_gradients,
+    tokens_of_linear_layers,
+)
 from tests.tiny_models import CONFIGS
 from tests.tiny_tokenizers import NUM_SPECIAL, PAD, VOCAB_SIZE
 from training import head
 from training.attention import AttentionRule, Branching, SideBySide
-from training.config import LoraConfig, ModelConfig
+from training.config import LoraConfig
 from training.data import Batch, collate
-from training.forward import critic_values, response_logprobs, reward_scores
-from training.models import load_scalar_model
+from training.forward import response_logprobs
 from training.packing import SHARED_TOKENS, Group, PackedBatch, groups_of
 
 TinyModel = Callable[[str], str]
@@ -145,23 +151,8 @@ def test_a_chunked_head_reads_the_state_behind_the_prompt_for_each_sample(
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
 def test_shared_values_and_scores_are_the_padded_ones(tiny_reward_model: TinyModel, architecture: str) -> None:
-    """Values of all real positions, those of the prompt too."""
-    path = tiny_reward_model(architecture)
-    found, gradients = [], []
     parts = [BATCHES[name][0] for name in ("groups of 1, 2 and 3", "empty responses")]
-    for packing in (False, True):
-        model = load_scalar_model(ModelConfig(path=path, packing=packing), torch.float32)
-        numbers = []
-        for batch in parts:
-            values = torch.where(batch.attention_mask, critic_values(model, batch), 0.0)
-            weights = torch.linspace(-1, 1, values.numel()).view(values.shape)
-            scores = reward_scores(model, batch)
-            ((weights * values).sum() + scores.square().sum()).backward()
-            numbers += [values.detach(), scores.detach()]
-        found.append(numbers)
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
-    assert_same_gradients(*gradients[::-1])
+    compare_values_and_scores(tiny_reward_model(architecture), parts)
 
 
 def test_layers_compute_the_prompt_once_and_the_head_each_response(tiny_model: TinyModel) -> None:

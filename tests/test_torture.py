@@ -10,8 +10,8 @@ from tests.launching import alone, run_well
 @pytest.mark.parametrize(
     ("options", "outcomes"),
     [
-        (("--kills", "6", "--bit-flips", "60", "--disk-full", "1", "--resizes", "1"), 3 + 3 + 1 + 1),
-        (("--stops", "2", "--rank-deaths", "2", "--zero-stage", "3", "--lora", "--precision", "bf16"), 2 + 2),
+        (("--kills", "6", "--bit-flips", "60", "--disk-full", "3", "--resizes", "3"), 4 * 3),
+        (("--stops", "3", "--rank-deaths", "3", "--zero-stage", "3", "--lora", "--precision", "bf16"), 2 * 3),
     ],
     ids=["ZeRO 2, all weights, fp32", "ZeRO 3, adapters, bf16"],
 )
