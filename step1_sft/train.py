@@ -59,13 +59,19 @@ def train(config: SftConfig, supervisor: Supervisor) -> None:
     start = checkpoints.restore() or RunState(step=0)
     logger = MetricsLogger(output, total_steps, config.run, distributed.is_main(), start.values.get("log"))
     skipped = skipped_steps(config, start.values.get("skipped", 0))
+    accounting = Accounting(DTYPES[config.engine.precision], start.values.get("work"))
     before = start.values.get("before") or evaluate()
     if start.step == 0:
         logger.log(0, named("eval", before), tokens=0)
 
     def after_step(step: int, evaluated: Mapping[str, float]) -> None:
         def state() -> RunState:
-            values = {"log": logger.state(step), "skipped": skipped.in_a_row, "before": before}
+            values = {
+                "log": logger.state(step),
+                "work": accounting.state(),
+                "skipped": skipped.in_a_row,
+                "before": before,
+            }
             return RunState(step, values, metric=-evaluated["loss"] if evaluated else None)
 
         checkpoints.after_step(step, state)
@@ -88,7 +94,7 @@ def train(config: SftConfig, supervisor: Supervisor) -> None:
         evaluate=evaluate,
         eval_every=config.run.eval_every,
         start_step=start.step,
-        accounting=Accounting(DTYPES[config.engine.precision]),
+        accounting=accounting,
         skipped=skipped,
         after_step=after_step,
     )

@@ -60,13 +60,19 @@ def train(config: RewardConfig, supervisor: Supervisor) -> None:
     start = checkpoints.restore() or RunState(step=0)
     logger = MetricsLogger(output, total_steps, config.run, distributed.is_main(), start.values.get("log"))
     skipped = skipped_steps(config, start.values.get("skipped", 0))
+    accounting = Accounting(DTYPES[config.engine.precision], start.values.get("work"))
     before = Comparisons(**start.values["before"]) if start.values else compare()
     if start.step == 0:
         logger.log(0, named("eval", before.metrics()), tokens=0)
 
     def after_step(step: int, evaluated: Mapping[str, float]) -> None:
         def state() -> RunState:
-            values = {"log": logger.state(step), "skipped": skipped.in_a_row, "before": vars(before)}
+            values = {
+                "log": logger.state(step),
+                "work": accounting.state(),
+                "skipped": skipped.in_a_row,
+                "before": vars(before),
+            }
             return RunState(step, values, metric=evaluated["accuracy"] if evaluated else None)
 
         checkpoints.after_step(step, state)
@@ -89,7 +95,7 @@ def train(config: RewardConfig, supervisor: Supervisor) -> None:
         evaluate=lambda: compare().metrics(),
         eval_every=config.run.eval_every,
         start_step=start.step,
-        accounting=Accounting(DTYPES[config.engine.precision]),
+        accounting=accounting,
         skipped=skipped,
         after_step=after_step,
     )

@@ -65,12 +65,12 @@ def train(config: PpoConfig, supervisor: Supervisor) -> None:
         """Save, or stop if asked to: also half way through a rollout's updates, which then go on as they would have."""
 
         def state() -> RunState:
-            log = logger.state(progress.iteration)
-            return progress.state(average, metric, log=log, skipped=skipped.in_a_row)
+            log, work = logger.state(progress.iteration), accounting.state()
+            return progress.state(average, metric, log=log, work=work, skipped=skipped.in_a_row)
 
         checkpoints.after_step(progress.iteration, state, may_save=may_save)
 
-    accounting = Accounting(DTYPES[config.engine.precision])
+    accounting = Accounting(DTYPES[config.engine.precision], start.values.get("work"))
     clock = accounting.clock
     clock.lap()
     while progress.iteration < config.iterations:

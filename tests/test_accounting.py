@@ -1,5 +1,6 @@
 """Accounting: phases by a clock that the test moves, figures by hand, and what a GPU waits for by stand-ins."""
 
+import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -214,6 +215,18 @@ def test_several_iterations_between_two_lines_are_counted_together_and_then_forg
     assert (metrics["gemm_share/whole"], metrics["tokens/padding_share"]) == (0.3, 0.2)
     hand.forward(1)
     assert books.metrics() == {"seconds/other": 1.0, "memory/peak_gib": 1.5}
+
+
+def test_a_run_that_goes_on_counts_what_came_before(books: Accounting, hand: Hand) -> None:
+    an_iteration(books, hand)
+    saved = json.loads(json.dumps(books.state()))
+    an_iteration(books, hand)
+    whole = books.metrics()
+    resumed = Accounting(torch.bfloat16, saved)
+    an_iteration(resumed, hand)
+    assert resumed.metrics() == whole
+    hand.forward(1)
+    assert resumed.metrics() == {"seconds/other": 1.0, "memory/peak_gib": 1.5}
 
 
 def test_without_a_published_peak_there_is_no_mfu(

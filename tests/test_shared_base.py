@@ -16,22 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-import step1_sft.train
-import step2_reward.train
-import step3_ppo.train
-from step1_sft.config import SftConfig
-from step2_reward.config import RewardConfig
 from step3_ppo.config import CriticConfig, PpoConfig, PpoRunConfig, RewardModelConfig
 from step3_ppo.models import Models, critic_source, load_models
 from step3_ppo.ppo import update
 from step3_ppo.rollout import Rollout, critic_values, make_experience
 from step3_ppo.train import collect
-from tests.tiny_models import save_tiny_model, write_tiny_data
-from tests.tiny_runs import STAGES, tiny_configs, with_lora, write_configs
+from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizers import build_tokenizer, byte_ids
-from training import distributed
 from training.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimConfig
-from training.config_files import load_config
 from training.costs import transformer_of
 from training.data import Batch
 from training.engine import evaluation_mode
@@ -40,7 +32,6 @@ from training.export import export
 from training.forward import response_logprobs, reward_scores
 from training.generation.interface import SamplingConfig
 from training.models import SCORE_FILE, ScalarModel, holds_adapter, load_causal_lm, load_scalar_model, load_tokenizer
-from training.supervision import EXIT_STOPPED
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -435,52 +426,3 @@ def test_adapters_that_change_the_base_itself_are_refused(
     shutil.rmtree(tmp_path / "reward")
     save_reward_adapters(tmp_path / "reward", config.actor.path, **settings)
     refused(config, "whose bias or init_lora_weights in adapter_config.json changes weights of the base")
-
-
-# A whole run
-
-
-class Stopper:
-    """A supervisor that is asked to stop after some optimizer steps."""
-
-    def __init__(self, after: int | None = None) -> None:
-        self.left = after
-
-    def progress(self, phase: str, step: int) -> None: ...
-
-    def should_stop(self) -> bool:
-        self.left = None if self.left is None else self.left - 1
-        return self.left == 0
-
-
-def run(stage: Any, config: Any, after: int | None = None) -> None:
-    distributed.seed_everything(config.run.seed, rank=0)
-    stage.train.train(config, Stopper(after))
-
-
-def test_a_run_that_was_stopped_ends_to_the_bit_as_one_that_was_not(tmp_path: Path) -> None:
-    """O1, with all three steps on adapters; step 2 reads the merged model of step 1."""
-    model, data = save_tiny_model(tmp_path / "model"), write_tiny_data(tmp_path)
-    configs = with_lora(tiny_configs(tmp_path / "run", model, data))
-    configs["step1_sft"]["model"]["lora"]["merge_on_save"] = True
-    configs["step1_sft"]["max_steps"] = configs["step2_reward"]["max_steps"] = 2
-    configs["step3_ppo"]["share_base"] = True
-    files = dict(zip(STAGES, write_configs(configs)[1::2], strict=True))
-    run(step1_sft, load_config(SftConfig, ["--config", files["step1_sft"]]))
-    run(step2_reward, load_config(RewardConfig, ["--config", files["step2_reward"]]))
-    whole = load_config(PpoConfig, ["--config", files["step3_ppo"]])
-    stopped = replace(whole, run=replace(whole.run, output_dir=str(tmp_path / "stopped")))
-    run(step3_ppo, whole)
-    with pytest.raises(SystemExit) as end:
-        run(step3_ppo, stopped, after=6)  # amid the second iteration, which begins with step 5
-    assert end.value.code == EXIT_STOPPED
-    run(step3_ppo, stopped)
-    folders = [Path(config.run.output_dir) / "final" for config in (whole, stopped)]
-    for name in ("actor", "critic"):
-        one, other = (load_file(folder / name / "adapter_model.safetensors") for folder in folders)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(weight, other[key]) for key, weight in one.items())
-    reward = load_file(tmp_path / "run" / "step2_reward" / "final" / "adapter_model.safetensors")
-    trained = load_file(folders[0] / "critic" / "adapter_model.safetensors")
-    assert reward.keys() == trained.keys()
-    assert not any(torch.equal(weight, trained[key]) for key, weight in reward.items())

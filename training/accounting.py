@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from training.packing import packs
 OTHER = "other"
 EVALUATE = "evaluate"
 PHASES = ("generate", "score", "train", "optimizer", "sync", EVALUATE, OTHER)
+COLUMNS = ("flops", "tokens", "positions", "padding")
 # Where larger products are no faster.
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GEMM_SECONDS = 0.2
@@ -99,17 +100,19 @@ class PhaseClock:
 class Accounting:
     """Collects the seconds and the useful work of each phase, over all ranks, for the lines of the log."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, before: Sequence[Sequence[float]] | None = None) -> None:
         """Measures the device for less than half a second. Every rank must call this.
 
         Args:
             dtype: that the models compute in.
+            before: what `state` gave at the checkpoint that the run goes on from; None for a new run.
         """
         own_rate = gemm_flops_per_second(device(), dtype)
         self.gemm_flops_per_second = float(sum_over_ranks(torch.tensor(own_rate, dtype=torch.float64))) / world_size()
         self.peak_flops_per_second = peak_flops_per_second(device(), dtype)
         self.clock = PhaseClock(device())
         self._work = {name: Counter[str]() for name in PHASES}
+        self._before = torch.tensor(before or [[0.0] * (1 + len(COLUMNS))] * len(PHASES), dtype=torch.float64)
         self._shapes: dict[nn.Module, DecoderShape] = {}
 
     def shape_of(self, model: nn.Module) -> DecoderShape:
@@ -174,16 +177,24 @@ class Accounting:
 
         Seconds are the mean over ranks. "whole" is all the time but for evaluation.
         """
-        seconds = self.clock.lap()
-        columns = ("flops", "tokens", "positions", "padding")
-        own = [[seconds[name], *(self._work[name][column] for column in columns)] for name in PHASES]
+        sums = self._sums(self.clock.lap())
         self._work = {name: Counter[str]() for name in PHASES}
-        sums = sum_over_ranks(torch.tensor(own, dtype=torch.float64))
-        sums[:, 0] /= world_size()
+        self._before.zero_()
         return self._figures(sums) | {"memory/peak_gib": peak_memory_gib()}
 
+    def state(self) -> list[list[float]]:
+        """What was counted since the last `metrics`, for a run that goes on from here. Every rank must call this."""
+        return self._sums(self.clock.seconds()).tolist()
+
+    def _sums(self, seconds: Mapping[str, float]) -> Tensor:
+        """[phases, 5] of seconds, as the mean over ranks, and of FLOPs, tokens, positions and padding of all ranks."""
+        own = [[seconds[name], *(self._work[name][column] for column in COLUMNS)] for name in PHASES]
+        sums = sum_over_ranks(torch.tensor(own, dtype=torch.float64))
+        sums[:, 0] /= world_size()
+        return self._before + sums
+
     def _figures(self, sums: Tensor) -> dict[str, float]:
-        """From [phases, 5] of seconds, FLOPs, tokens, positions and padding."""
+        """Of what `_sums` gives."""
         rows = dict(zip(PHASES, sums.tolist(), strict=True))
         whole = [sum(column) for column in zip(*(row for name, row in rows.items() if name != EVALUATE), strict=True)]
         shares = {"gemm_share": self.gemm_flops_per_second, "mfu": self.peak_flops_per_second}

@@ -1,0 +1,82 @@
+"""A run that stops after every single optimizer step, and goes on each time, ends as one that never stopped."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from scripts.torture.runs import Run
+from step1_sft.config import SftConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PpoConfig
+from tests.tiny_models import save_tiny_model, write_tiny_data
+from tests.tiny_runs import STAGES, tiny_configs, with_lora
+from training import distributed
+from training.config_files import load_config
+from training.supervision import EXIT_STOPPED
+
+pytestmark = pytest.mark.usefixtures("process_group")
+CONFIGS = dict(zip(STAGES, (SftConfig, RewardConfig, PpoConfig), strict=True))
+
+
+class Stopper:
+    """A supervisor that is asked to stop after so many optimizer steps; None: never."""
+
+    def __init__(self, after: int | None) -> None:
+        self.left = after
+
+    def progress(self, phase: str, step: int) -> None: ...
+
+    def should_stop(self) -> bool:
+        self.left = None if self.left is None else self.left - 1
+        return self.left == 0
+
+
+def start(run: Run, stop_after: int | None = None) -> bool:
+    """Start a run in this process, or go on with it; returns whether it came to its end."""
+    config: Any = load_config(CONFIGS[run.stage], ["--config", str(run.file)])
+    distributed.seed_everything(config.run.seed, rank=0)
+    try:
+        importlib.import_module(f"{run.stage}.train").train(config, Stopper(stop_after))
+    except SystemExit as end:
+        assert end.code == EXIT_STOPPED
+        return False
+    return True
+
+
+def options_of(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Options of the three steps, which log less often than they stop."""
+    options = tiny_configs(folder, save_tiny_model(folder / "model"), write_tiny_data(folder))
+    if kind == "one base":
+        with_lora(options)
+        options["step1_sft"]["model"]["lora"]["merge_on_save"] = True
+        options["step3_ppo"]["share_base"] = True
+    else:
+        options["step3_ppo"] |= {"ema_decay": 0.5, "kl": {"adaptive": True, "target": 1.0}}
+        for stage, model in zip(STAGES, ("model", "model", "actor"), strict=True):
+            options[stage][model]["packing"] = False  # so that there is padding to count
+            options[stage]["run"]["eval_every"] = 2 if stage == "step3_ppo" else 5
+    for stage in STAGES[:2]:
+        options[stage]["max_steps"] = 5
+        options[stage]["run"]["log_every"] = 3
+    return options
+
+
+@pytest.mark.parametrize("kind", ["all weights, padded", "one base"])
+def test_a_run_that_stops_after_every_step_ends_to_the_bit_as_one_that_does_not(kind: str, tmp_path: Path) -> None:
+    """O1, O2"""
+    for stage, options in options_of(kind, tmp_path / "whole").items():
+        whole, stopped = (Run(stage, tmp_path / name, options) for name in ("whole", "stopped"))
+        assert start(whole)
+        starts = 1
+        while not start(stopped, stop_after=1):
+            starts += 1
+        assert starts == (11 if stage == "step3_ppo" else 6), stage  # PPO: 2 iterations of 4 steps and the end of each
+        assert stopped.digest() == whole.digest(), stage
+    if kind == "one base":  # and the critic, which goes on with the reward model's adapters, has moved them all
+        folders = [tmp_path / "whole" / name for name in ("step2_reward/final", "step3_ppo/final/critic")]
+        before, after = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+        assert before.keys() == after.keys()
+        assert not any(weight.equal(after[name]) for name, weight in before.items())
