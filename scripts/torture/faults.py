@@ -42,21 +42,24 @@ class Outcome:
     bitwise: bool | None = True
     """Whether all runs that ended were equal to the undisturbed one; None where `worst` tells how far they were."""
     worst: float = 0.0
+    slowest_end: float = 0.0
+    """Seconds until all ranks had ended by themselves after a fault that only some of them met."""
     seconds: float = 0.0
 
     def line(self) -> str:
         lost = max(self.lost_steps, default=0)
+        ended = f"all gone within {self.slowest_end:.1f} s, " if self.slowest_end else ""
         equal = f"differs by {self.worst:.0e}" if self.bitwise is None else f"bitwise {'yes' if self.bitwise else 'NO'}"
         return (
             f"{self.stage}: {self.faults} faults, {self.resumes} resumes from a checkpoint, {self.rounds} runs ended, "
-            f"steps lost {sum(self.lost_steps)} (at most {lost} at once), {equal}, {self.seconds:.0f} s"
+            f"steps lost {sum(self.lost_steps)} (at most {lost} at once), {ended}{equal}, {self.seconds:.0f} s"
         )
 
 
 def kills(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Outcome:
     """Kill the whole process group at random moments, 4 in 10 while a checkpoint is written, and go on each time."""
 
-    def kill(processes: Ranks, run: Run) -> None:
+    def kill(processes: Ranks, run: Run, outcome: Outcome) -> None:
         processes.kill()
 
     return _harm_and_go_on(workshop, stage, count, draw, kill)
@@ -65,9 +68,9 @@ def kills(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Ou
 def rank_deaths(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Outcome:
     """Kill one rank alone: the other ends by itself, with an error, and the run goes on from its last checkpoint."""
 
-    def kill_one(processes: Ranks, run: Run) -> None:
+    def kill_one(processes: Ranks, run: Run, outcome: Outcome) -> None:
         os.kill(draw.choice(processes.running()), signal.SIGKILL)
-        codes = _end(processes, run, GONE_SECONDS)
+        codes = _end(processes, run, GONE_SECONDS, outcome)
         # Both may have been through when the signal came.
         assert 0 not in codes or set(codes) <= {0, -signal.SIGKILL}, (codes, run.log.read_text()[-3000:])
 
@@ -77,12 +80,12 @@ def rank_deaths(workshop: Workshop, stage: str, count: int, draw: random.Random)
 def stops(workshop: Workshop, stage: str, count: int, draw: random.Random) -> Outcome:
     """Ask one rank or both to stop: they save and end together, and no step is lost."""
 
-    def stop(processes: Ranks, run: Run) -> None:
+    def stop(processes: Ranks, run: Run, outcome: Outcome) -> None:
         asked = draw.choice([[pid] for pid in processes.pids] + [processes.pids])
         for pid in asked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, draw.choice([signal.SIGTERM, signal.SIGUSR1]))
-        codes = _end(processes, run, GONE_SECONDS)
+        codes = _end(processes, run, GONE_SECONDS, outcome)
         if set(codes) == {EXIT_STOPPED}:
             assert run.steps_logged() == run.newest(), (run.steps_logged(), run.newest(), run.log.read_text()[-3000:])
         else:  # it came before the first step, or after the last
@@ -105,7 +108,7 @@ def resizes(workshop: Workshop, stage: str, count: int, draw: random.Random) -> 
             processes.wait(draw.uniform(0, workshop.seconds[stage] / 4))
             for pid in processes.running()[:1]:
                 os.kill(pid, signal.SIGTERM)
-            codes = _end(processes, run, GONE_SECONDS * ranks)
+            codes = _end(processes, run, GONE_SECONDS * ranks, outcome)
             # A signal that comes after the results is too late to stop anything.
             ended = (run.output / "results.json").exists()
             assert ended or set(codes) <= {0, EXIT_STOPPED}, (codes, run.log.read_text()[-3000:])
@@ -122,7 +125,7 @@ def resizes(workshop: Workshop, stage: str, count: int, draw: random.Random) -> 
 
 
 def _harm_and_go_on(
-    workshop: Workshop, stage: str, count: int, draw: random.Random, harm: Callable[[Ranks, Run], None]
+    workshop: Workshop, stage: str, count: int, draw: random.Random, harm: Callable[[Ranks, Run, Outcome], None]
 ) -> Outcome:
     """Harm a run at `count` random moments and start it again each time; a new one when it has come to its end."""
     outcome, run = Outcome(stage), workshop.copy(stage, harm.__name__)
@@ -131,7 +134,7 @@ def _harm_and_go_on(
         before = run.newest()
         processes = start(stage, run.file, run.log)
         if _wait_for_moment(processes, run, draw, workshop.seconds[stage]):
-            harm(processes, run)
+            harm(processes, run, outcome)
             outcome.faults += 1
             outcome.lost_steps.append(max(0, run.steps_logged() - run.newest()))
             _check_where_it_began(run, before, outcome)
@@ -261,11 +264,14 @@ def _check_where_it_began(run: Run, before: int, outcome: Outcome) -> None:
         assert before == 0 or resumed[0].endswith(f"step-{before:06d}"), (before, resumed)
 
 
-def _end(processes: Ranks, run: Run, seconds: float) -> list[int]:
+def _end(processes: Ranks, run: Run, seconds: float, outcome: Outcome) -> list[int]:
     """The exit codes of ranks that must end by themselves within so many seconds."""
     # Until all have met, and one prints, none can tell that another is missing: they wait run.timeout_minutes for it.
     have_met = run.log.stat().st_size > 0
+    begun = time.monotonic()
     gone = processes.wait(seconds if have_met else WAIT_SECONDS)
+    if have_met:
+        outcome.slowest_end = max(outcome.slowest_end, time.monotonic() - begun)
     processes.kill()
     assert gone, f"{run.stage} was not gone within {seconds} s:\n{run.log.read_text()[-3000:]}"
     return list(processes.codes.values())
