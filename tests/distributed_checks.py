@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from step1_sft.train import demonstration_loss, held_out_loss
@@ -336,11 +337,26 @@ def tied_embeddings_are_exported_from_shards(folder: Path) -> None:
     assert_same(dict(loaded.named_parameters()), dict(plain(causal_lm, folder).named_parameters()), atol=0)
 
 
+def compiled(check: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The same with compiled layers, as far as that needs no C++ compiler."""
+
+    def with_compiled_layers(folder: Path) -> None:
+        torch.compiler.reset()
+        counters["stats"].clear()
+        options = mock.patch(f"{__name__}.EngineConfig", partial(EngineConfig, compile_layers=True))
+        with options, mock.patch("training.compiling.BACKEND", "aot_eager"):
+            check(folder)
+        assert counters["stats"]["unique_graphs"] > 0
+
+    return with_compiled_layers
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "sft_zero0": partial(sft_on_two_ranks_equals_one, zero_stage=0),
     "sft_zero3": partial(sft_on_two_ranks_equals_one, zero_stage=3),
     "reward_zero0": partial(reward_model_on_two_ranks_equals_one, zero_stage=0),
     "reward_zero2": partial(reward_model_on_two_ranks_equals_one, zero_stage=2),
+    "compiled_zero3": compiled(partial(sft_on_two_ranks_equals_one, zero_stage=3)),
     "rollout": a_rollout_on_two_ranks_equals_one,
     "losses_zero0": partial(losses_do_not_depend_on_how_tokens_fall_to_ranks, zero_stage=0),
     "losses_zero3": partial(losses_do_not_depend_on_how_tokens_fall_to_ranks, zero_stage=3),

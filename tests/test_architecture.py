@@ -27,6 +27,7 @@ LAYERS = (
         "losses",
         "packing",
         "attention",
+        "compiling",
         "rewards",
         "costs",
         "durable",

@@ -1,6 +1,5 @@
 """A run that stops after every single optimizer step, and goes on each time, ends as one that never stopped."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,42 +7,11 @@ import pytest
 from safetensors.torch import load_file
 
 from scripts.torture.runs import Run
-from step1_sft.config import SftConfig
-from step2_reward.config import RewardConfig
-from step3_ppo.config import PpoConfig
+from tests.in_process import start
 from tests.tiny_models import save_tiny_model, write_tiny_data
 from tests.tiny_runs import STAGES, tiny_configs, with_lora
-from training import distributed
-from training.config_files import load_config
-from training.supervision import EXIT_STOPPED
 
 pytestmark = pytest.mark.usefixtures("process_group")
-CONFIGS = dict(zip(STAGES, (SftConfig, RewardConfig, PpoConfig), strict=True))
-
-
-class Stopper:
-    """A supervisor that is asked to stop after so many optimizer steps; None: never."""
-
-    def __init__(self, after: int | None) -> None:
-        self.left = after
-
-    def progress(self, phase: str, step: int) -> None: ...
-
-    def should_stop(self) -> bool:
-        self.left = None if self.left is None else self.left - 1
-        return self.left == 0
-
-
-def start(run: Run, stop_after: int | None = None) -> bool:
-    """Start a run in this process, or go on with it; returns whether it came to its end."""
-    config: Any = load_config(CONFIGS[run.stage], ["--config", str(run.file)])
-    distributed.seed_everything(config.run.seed, rank=0)
-    try:
-        importlib.import_module(f"{run.stage}.train").train(config, Stopper(stop_after))
-    except SystemExit as end:
-        assert end.code == EXIT_STOPPED
-        return False
-    return True
 
 
 def options_of(kind: str, folder: Path) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ FREE_OPTIONS = {
     *("timeout_minutes", "function_minutes"),
     *("save_every", "save_minutes", "keep_checkpoints", "resume", "allow_changes", "max_skipped_steps"),
     *("zero_stage", "offload_optimizer", "offload_parameters", "gradient_checkpointing", "attention", "packing"),
+    *("compile_layers", "activation_budget"),
     *("micro_batch_size", "micro_batch_tokens", "generator", "generation_batch_size", "kv_cache_gib", "keep_kv_cache"),
 }
 

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from training.compiling import compile_layers, uncompiled
 from training.config import EngineConfig, OptimConfig
 from training.distributed import world_size
 from training.optim import adamw, lr_lambda, parameter_groups
@@ -76,6 +77,8 @@ def train_engine(
     total_steps: int,
 ) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine that trains the parameters of `model` that require a gradient."""
+    if config.compile_layers:
+        compile_layers(model, splits_weights=config.zero_stage == 3, activation_budget=config.activation_budget)
     model.train()  # loaders leave it in eval mode, which switches gradient checkpointing and adapter dropout off
     optimizer = adamw(parameter_groups(model, optim.weight_decay), optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda(optim, total_steps))
@@ -89,6 +92,8 @@ def frozen_engine(model: nn.Module, config: EngineConfig) -> deepspeed.DeepSpeed
     """A DeepSpeed engine without an optimizer: split over ranks at ZeRO-3, a full copy on each otherwise."""
     model.eval().requires_grad_(False)
     stage = frozen_zero_stage(config)
+    if config.compile_layers:
+        compile_layers(model, splits_weights=stage == 3, activation_budget=config.activation_budget)
     options = deepspeed_options(config, zero_stage=stage)
     return _initialize(model=model, config=options)
 
@@ -171,7 +176,7 @@ def generation_mode(engine: deepspeed.DeepSpeedEngine, module: nn.Module | None 
     bit, also after an exception.
     """
     module = module or engine.module
-    with evaluation_mode(module), _gathered(engine), _lora_folded(module):
+    with evaluation_mode(module), uncompiled(), _gathered(engine), _lora_folded(module):
         yield module
 
 

@@ -168,7 +168,12 @@ def _attend(
     if packed_batch is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rule = AttentionRule(options.get("scaling"), options.get("sliding_window"), options.get("softcap"))
-    return packed_batch.sequences.attend(query[0], key[0], value[0], rule)[None], None
+    return _attend_within(packed_batch, query, key, value, rule), None
+
+
+@torch.compiler.disable  # each batch would be a reason to compile anew
+def _attend_within(packed_batch: PackedBatch, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+    return packed_batch.sequences.attend(query[0], key[0], value[0], rule)[None]
 
 
 AttentionInterface.register(NAME, _attend)

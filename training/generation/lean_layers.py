@@ -33,11 +33,11 @@ def lean_layers(module: nn.Module, cache: AttentionCache, rows: int) -> Iterator
         cache: attends, as in `attention_through`.
         rows: how many rows are multiplied at a time, for which the layout is chosen.
     """
-    replaced: list[nn.Module] = []
+    replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def replace(part: nn.Module, forward: Callable[..., Any]) -> None:
+        replaced.append((part, vars(part).get("forward")))  # that of a compiled layer, else its class's
         part.forward = forward  # type: ignore[method-assign]
-        replaced.append(part)
 
     inside: set[nn.Module] = set()
     try:
@@ -50,8 +50,10 @@ def lean_layers(module: nn.Module, cache: AttentionCache, rows: int) -> Iterator
                 replace(layer, _projection([layer], rows))
         yield
     finally:
-        for part in replaced:
+        for part, own in replaced:
             del part.forward
+            if own is not None:
+                part.forward = own  # type: ignore[method-assign]
 
 
 def _lean(layer: Any, cache: AttentionCache, rows: int) -> Callable[..., Tensor] | None:
