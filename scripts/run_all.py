@@ -144,6 +144,24 @@ def check_inputs(recipe: RecipeConfig) -> None:
                 check_first_records(config.ptx.paths, config.ptx.format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    check_shared_base(recipe.step1_sft, recipe.step2_reward, recipe.step3_ppo)
+
+
+def check_shared_base(sft: SftConfig, reward: RewardConfig, ppo: PpoConfig) -> None:
+    """Refuses steps that leave something else than `share_base` of step 3 needs."""
+    if not ppo.share_base:
+        return
+    if ppo.actor.path == str(Path(sft.run.output_dir) / "final"):
+        lora = sft.model.lora
+        if lora.rank > 0 and not lora.merge_on_save:
+            raise ValueError("step3_ppo.share_base needs a whole model: set step1_sft.model.lora.merge_on_save to True")
+    if ppo.reward.path == str(Path(reward.run.output_dir) / "final"):
+        lora = reward.model.lora
+        if lora.rank == 0 or lora.merge_on_save:
+            raise ValueError(
+                "step3_ppo.share_base needs adapters of a reward model: set step2_reward.model.lora.rank above 0, and "
+                "leave out its merge_on_save"
+            )
 
 
 def check_first_records(

@@ -126,8 +126,10 @@ def _load_shared(config: PpoConfig) -> Any:
 def _check_stands_on(actor: ModelConfig, source: ModelConfig, option: str, *, may_be_base: bool) -> None:
     """Refuse what is not adapters of a reward model over the actor's base, nor, if it `may_be_base`, that itself."""
     adapters = read_adapter(source.path) if holds_adapter(source.path) else None
-    base = source.path if adapters is None else adapters["base_model_name_or_path"]
-    is_same = (os.path.realpath(base), source.revision) == (os.path.realpath(actor.path), actor.revision)
+    base, revision = source.path, source.revision
+    if adapters is not None:
+        base, revision = adapters["base_model_name_or_path"], adapters.get("revision")
+    is_same = (os.path.realpath(base), revision) == (os.path.realpath(actor.path), actor.revision)
     if not is_same or not (may_be_base if adapters is None else is_reward_model(source)):
         found = "a whole model" if adapters is None else f"adapters ({adapters.get('task_type')}) over {base}"
         raise ValueError(

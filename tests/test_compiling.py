@@ -129,6 +129,11 @@ def test_a_missing_compiler_is_told_at_once(model: Any, monkeypatch: pytest.Monk
         compiling.compile_layers(model, splits_weights=False)
 
 
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no decoder layers of transformers' kind: leave it out"):
+        compiling.compile_layers(torch.nn.Linear(2, 2), splits_weights=False)
+
+
 def test_a_budget_without_compiled_layers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"activation_budget is 0\.5, but compile_layers is False"):
         EngineConfig(activation_budget=0.5)

@@ -456,6 +456,35 @@ def test_a_folder_of_adapters_is_loaded_merged(tmp_path: Path, tiny_model: Calla
     torch.testing.assert_close(logits_of(merged, ids), logits_of(unmerged, ids), rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_remember_the_revision_of_their_base(
+    tmp_path: Path, tiny_model: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own folder has none. Transformers reads a folder whatever revision is asked for."""
+    model: Any = load_causal_lm(ModelConfig(path=tiny_model("llama"), revision="v2", lora=LORA), torch.float32)
+    model.save_pretrained(tmp_path)
+    asked = []
+    own = AutoModelForCausalLM.from_pretrained
+
+    def load(path: str, **options: Any) -> Any:
+        asked.append((path, options["revision"]))
+        return own(path, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_causal_lm(ModelConfig(path=str(tmp_path)), torch.float32)
+    assert asked == [(tiny_model("llama"), "v2")]
+
+
+def test_adapters_of_a_reward_model_without_its_head_are_refused(
+    tmp_path: Path, tiny_model: Callable[[str], str]
+) -> None:
+    config = ModelConfig(path=tiny_model("llama"), lora=LORA)
+    load_scalar_model(config, torch.float32, head="normal").model.save_pretrained(tmp_path)
+    weights = "adapter_model.safetensors"
+    edit_weights(tmp_path, lambda state: state.update(head=state.pop("base_model.model.score.weight")), weights)
+    with pytest.raises(ValueError, match=r"does not hold the adapters of .*: missing .*score"):
+        load_scalar_model(ModelConfig(path=str(tmp_path)), torch.float32)
+
+
 @pytest.mark.parametrize(
     "edit",
     [

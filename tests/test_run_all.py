@@ -178,9 +178,23 @@ def test_a_score_function_takes_the_place_of_the_reward_model(recipe):
     assert config.step3_ppo.reward.path == ""
 
 
+ONE_BASE = ["--step3_ppo.share_base", "True"]
+ONE_BASE += ["--step3_ppo.actor.lora.rank", "4", "--step3_ppo.critic.lora.rank", "4"]
+
+
+def test_what_one_base_needs_is_left_by_the_steps_before(recipe):
+    whole = load_recipe([*recipe, *ONE_BASE, "--step2_reward.model.lora.rank", "4"])
+    adapters = ["--step1_sft.model.lora.rank", "4", "--step1_sft.model.lora.merge_on_save", "True"]
+    merged = load_recipe([*recipe, *ONE_BASE, "--step2_reward.model.lora.rank", "4", *adapters])
+    for config in (whole, merged):
+        run_all.check_shared_base(config.step1_sft, config.step2_reward, config.step3_ppo)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([*ONE_BASE, "--step1_sft.model.lora.rank", "4"], "set step1_sft.model.lora.merge_on_save to True"),
+        (ONE_BASE, "share_base needs adapters of a reward model: set step2_reward.model.lora.rank above 0"),
         (
             ["--step3_ppo.micro_batch_size", "7"],
             "train_batch_size is 64, not a multiple of micro_batch_size x GPUs (7)",

@@ -585,6 +585,12 @@ def test_an_adapter_names_its_base_in_plain_text(adapter: Path, base: Any) -> No
     assert "base_model_name_or_path of adapter_config.json" in message and message.isprintable()
 
 
+@pytest.mark.parametrize("revision", [3, ["main"], {"a": "b"}])
+def test_an_adapter_names_the_revision_of_its_base_in_plain_text(adapter: Path, revision: Any) -> None:
+    edit_json(adapter / "adapter_config.json", revision=revision)
+    assert "revision of adapter_config.json is" in refusal(load_all, adapter)
+
+
 @pytest.mark.parametrize("base", ["../../etc", "C:\\model", "..\\model", "a\u2215b", "http://host/model", "a b", "//"])
 def test_a_base_that_is_nowhere_is_named(adapter: Path, base: str) -> None:
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=base)

@@ -29,7 +29,7 @@ def compile_layers(model: nn.Module, *, splits_weights: bool, activation_budget:
             process.
 
     Raises:
-        ValueError: there is no C++ compiler.
+        ValueError: there is no C++ compiler, or no layer that transformers knows as one.
     """
     if BACKEND == "inductor":
         _check_compiler()
@@ -37,6 +37,10 @@ def compile_layers(model: nn.Module, *, splits_weights: bool, activation_budget:
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._functorch.config.activation_memory_budget = activation_budget
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            "engine.compile_layers is True, but the model has no decoder layers of transformers' kind: leave it out"
+        )
     if splits_weights:
         set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     for layer in layers:  # the method alone, not the call: that would include the hooks by which weights are gathered

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,17 +255,19 @@ def _load(
     **overrides: Any,
 ) -> PreTrainedModel:
     if holds_adapter(config.path):
-        base = _read_adapter(config.path)["base_model_name_or_path"]
+        adapters = _read_adapter(config.path)
+        base = replace(config, path=adapters["base_model_name_or_path"], revision=adapters.get("revision"))
         # Merged on every rank in full: adding to a weight that is split over ranks would miss most of it.
-        model = _load_weights(auto_class, base, config, dtype, new_head="num_labels" in overrides, **overrides)
+        model = _load_weights(auto_class, base, dtype, new_head="num_labels" in overrides, **overrides)
         return _merge(model, config.path)
     with _split_while_loading(zero3_options):
-        return _load_weights(auto_class, config.path, config, dtype, new_head=new_head, **overrides)
+        return _load_weights(auto_class, config, dtype, new_head=new_head, **overrides)
 
 
 def _load_weights(
-    auto_class: Any, path: str, config: ModelConfig, dtype: torch.dtype, *, new_head: bool, **overrides: Any
+    auto_class: Any, config: ModelConfig, dtype: torch.dtype, *, new_head: bool, **overrides: Any
 ) -> PreTrainedModel:
+    path = config.path
     with _reading(path):
         check_model(path, config.revision)
         model, info = auto_class.from_pretrained(
@@ -315,13 +318,17 @@ def _with_adapters(model: PreTrainedModel, folder: str | Path, **options: bool) 
     if settings.task_type == "CAUSAL_LM":
         settings.task_type = None  # else peft asks for a model that generates, and under a score head it does not
     settings.lora_dropout = 0.0  # that of the run that trained them
-    adapted = PeftModel.from_pretrained(model, folder, config=settings, **options)
-    # Loaded once more, because only this call tells what did not fit.
-    info = adapted.load_adapter(folder, adapted.active_adapter, **options)
-    if info.missing_keys or info.unexpected_keys:
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, config=settings, **options)
+        # Loaded once more, because only this call tells what did not fit.
+        info = adapted.load_adapter(folder, adapted.active_adapter, **options)
+        missing, unexpected = info.missing_keys, info.unexpected_keys
+    except KeyError as error:  # a module that is saved whole: the head
+        missing, unexpected = list(error.args), []
+    if missing or unexpected:
         raise ValueError(
-            f"{folder} does not hold the adapters of {type(model).__name__}: missing {_few(info.missing_keys)}, "
-            f"unexpected {_few(info.unexpected_keys)}. Give a folder written by save_pretrained on this base model"
+            f"{folder} does not hold the adapters of {type(model).__name__}: missing {_few(missing)}, unexpected "
+            f"{_few(unexpected)}. Give a folder written by save_pretrained on this base model"
         )
     return adapted
 
@@ -368,7 +375,8 @@ def _split_while_loading(zero3_options: dict | None) -> Iterator[None]:
 
 def _finish(model: PreTrainedModel | PeftModel, config: ModelConfig, task: str) -> nn.Module:
     if config.lora.rank > 0 and not isinstance(model, PeftModel):
-        model = get_peft_model(model, _peft_config(config.lora, task), autocast_adapter_dtype=False)
+        peft_config = _peft_config(config.lora, task)
+        model = get_peft_model(model, peft_config, autocast_adapter_dtype=False, revision=config.revision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora.rank > 0:

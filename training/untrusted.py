@@ -124,6 +124,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     if settings.get("megatron_config"):
         raise ValueError(f"{ADAPTER_FILE} has megatron_config, by which peft would import a module: take it out")
     check_path(settings.get("base_model_name_or_path"), f"base_model_name_or_path of {ADAPTER_FILE}")
+    if not isinstance(settings.get("revision"), str | None):
+        raise ValueError(f"revision of {ADAPTER_FILE} is {shown(settings['revision'])}: it needs a name or null")
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}" + pickles_instead(Path(folder)))
     check_safetensors(Path(folder) / ADAPTER_WEIGHTS)
