@@ -228,8 +228,8 @@ from pathlib import Path
 from training.durable import OutputLock
 with OutputLock(Path(sys.argv[1])):
     worker = os.fork() if sys.argv[2] == "forks" else None
-    if worker != 0:
-        print(worker, flush=True)
+    if not worker:
+        print(os.getpid(), flush=True)  # the worker itself, once it has let go
     time.sleep(60)
 """
 

@@ -211,16 +211,20 @@ def test_ctrl_c_saves_the_run_and_ends_its_launcher(launcher: Callable[..., list
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "errors"),
-    [(signal.SIGTERM, EXIT_STOPPED, []), (signal.SIGKILL, 256 - signal.SIGKILL, ["error: rank 1 stops ("])],
+    ("number", "codes", "errors"),
+    [
+        (signal.SIGTERM, {EXIT_STOPPED}, []),
+        # The launcher looks once a second: it finds the rank that was killed, or the one that has noticed it.
+        (signal.SIGKILL, {256 - signal.SIGKILL, EXIT_PEER_GONE}, ["error: rank 1 stops ("]),
+    ],
 )
 def test_how_a_rank_ends_is_the_exit_code_of_deepspeed(
-    number: int, code: int, errors: list[str], tmp_path: Path
+    number: int, codes: set[int], errors: list[str], tmp_path: Path
 ) -> None:
     with launched(under_deepspeed("tests.supervised_rank", str(tmp_path), LONG_WATCHDOG), tmp_path, 2) as runner:
         os.kill(int((tmp_path / "started.0").read_text()), number)
         assert wait_for(lambda: not group_is_alive(runner), END_SECONDS)
-        assert runner.returncode == code
+        assert runner.returncode in codes
     console = (tmp_path / "console").read_text()
     assert re.findall(r"error: rank \d stops \(", console) == errors
 
