@@ -162,6 +162,12 @@ def check_shared_base(sft: SftConfig, reward: RewardConfig, ppo: PpoConfig) -> N
                 "step3_ppo.share_base needs adapters of a reward model: set step2_reward.model.lora.rank above 0, and "
                 "leave out its merge_on_save"
             )
+        critic = ppo.critic.lora
+        if ppo.uses_critic and not ppo.critic.path and (critic.rank, critic.alpha) != (lora.rank, lora.alpha):
+            raise ValueError(
+                "step3_ppo.share_base lets the critic go on with the reward model's adapters: set "
+                f"step3_ppo.critic.lora.rank to {lora.rank} and step3_ppo.critic.lora.alpha to {lora.alpha}, as in step 2"
+            )
 
 
 def check_first_records(

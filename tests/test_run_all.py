@@ -195,6 +195,7 @@ def test_what_one_base_needs_is_left_by_the_steps_before(recipe):
     [
         ([*ONE_BASE, "--step1_sft.model.lora.rank", "4"], "set step1_sft.model.lora.merge_on_save to True"),
         (ONE_BASE, "share_base needs adapters of a reward model: set step2_reward.model.lora.rank above 0"),
+        ([*ONE_BASE, "--step2_reward.model.lora.rank", "8"], "set step3_ppo.critic.lora.rank to 8"),
         (
             ["--step3_ppo.micro_batch_size", "7"],
             "train_batch_size is 64, not a multiple of micro_batch_size x GPUs (7)",

@@ -7,6 +7,8 @@ import torch._dynamo
 import torch._functorch.config
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # One layer's code is compiled for each kind of model and pass: actor, critic, adapters on and off, with a gradient and
@@ -53,10 +55,6 @@ def uncompiled() -> contextlib.AbstractContextManager[None]:
 
 
 def _check_compiler() -> None:
-    # Imported here: it takes a second.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

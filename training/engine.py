@@ -77,13 +77,17 @@ def train_engine(
     total_steps: int,
 ) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine that trains the parameters of `model` that require a gradient."""
-    if config.compile_layers:
-        compile_layers(model, splits_weights=config.zero_stage == 3, activation_budget=config.activation_budget)
     model.train()  # loaders leave it in eval mode, which switches gradient checkpointing and adapter dropout off
     optimizer = adamw(parameter_groups(model, optim.weight_decay), optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda(optim, total_steps))
-    options = deepspeed_options(config, zero_stage=config.zero_stage, train_batch_size=train_batch_size)
-    engine = _initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=options)
+    engine = _initialize(
+        model,
+        config,
+        zero_stage=config.zero_stage,
+        train_batch_size=train_batch_size,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+    )
     _undo_first_step(engine.optimizer)
     return engine
 
@@ -91,17 +95,17 @@ def train_engine(
 def frozen_engine(model: nn.Module, config: EngineConfig) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine without an optimizer: split over ranks at ZeRO-3, a full copy on each otherwise."""
     model.eval().requires_grad_(False)
-    stage = frozen_zero_stage(config)
+    return _initialize(model, config, zero_stage=frozen_zero_stage(config))
+
+
+def _initialize(
+    model: nn.Module, config: EngineConfig, *, zero_stage: int, train_batch_size: int | None = None, **arguments: Any
+) -> deepspeed.DeepSpeedEngine:
     if config.compile_layers:
-        compile_layers(model, splits_weights=stage == 3, activation_budget=config.activation_budget)
-    options = deepspeed_options(config, zero_stage=stage)
-    return _initialize(model=model, config=options)
-
-
-def _initialize(**arguments: Any) -> deepspeed.DeepSpeedEngine:
-    """`deepspeed.initialize` without the memory statistics that it prints for each engine."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return deepspeed.initialize(**arguments)[0]
+        compile_layers(model, splits_weights=zero_stage == 3, activation_budget=config.activation_budget)
+    options = deepspeed_options(config, zero_stage=zero_stage, train_batch_size=train_batch_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics for each engine
+        return deepspeed.initialize(model=model, config=options, **arguments)[0]
 
 
 def _undo_first_step(optimizer: Any) -> None:

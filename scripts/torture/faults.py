@@ -43,7 +43,7 @@ class Outcome:
     """Whether all runs that ended were equal to the undisturbed one; None where `worst` tells how far they were."""
     worst: float = 0.0
     slowest_end: float = 0.0
-    """Seconds until all ranks had ended by themselves after a fault that only some of them met."""
+    """Most seconds that ranks took to end by themselves after a fault."""
     seconds: float = 0.0
 
     def line(self) -> str:
