@@ -99,6 +99,7 @@ def update(
         minibatch = experience.rows(minibatch_rows(len(experience.batch), config, iteration, updates.steps))
         own = OwnRows(minibatch.batch, config)
         micros = [minibatch.rows(rows) for rows in own.rows]
+        micros = [micro if counts else micro.as_filler() for micro, counts in zip(micros, own.counts, strict=True)]
         count = minibatch.batch.response_mask.sum()
         sums: dict[str, Tensor] = {}
         applied = True

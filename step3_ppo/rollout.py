@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -78,6 +78,10 @@ class Experience:
         """All tensors, by name."""
         parts = vars(self.batch) | vars(self)
         return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+
+    def as_filler(self) -> "Experience":
+        """The same rows, none of whose tokens count."""
+        return replace(self, batch=self.batch.as_filler())
 
     def rows(self, index: Tensor) -> "Experience":
         """The given rows, without the columns that are padding in all of them."""

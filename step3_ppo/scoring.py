@@ -21,7 +21,7 @@ from training.data import Batch, collate, share_out
 from training.examples import PromptExample
 from training.forward import reward_scores
 from training.generation.interface import Completion
-from training.packing import repeated_tokens
+from training.packing import repeated_tokens, rows_together
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping]], Sequence[float]]
 
@@ -33,11 +33,17 @@ class OwnRows:
         """Every rank must give the same batch, and has as many forwards as the others."""
         self.batch = batch
         sizes = batch.sizes
-        lengths = [tokens for tokens, _ in sizes]
+        together = [[row] for row in range(len(batch))]
+        if config.micro_batch_tokens is not None:
+            even_share = -(-sum(tokens for tokens, _ in sizes) // distributed.world_size())
+            most_tokens = min(config.micro_batch_tokens, even_share)
+            together = rows_together(batch.input_ids, batch.attention_mask, most_tokens)
+        lengths = [sum(sizes[row][0] for row in rows) for rows in together]
         shares = share_out(lengths, distributed.world_size(), config.micro_batch_size, config.micro_batch_tokens)
+        own = [sorted(row for number in part for row in together[number]) for part in shares[distributed.rank()]]
         # In the order of the batch, in which samples of one prompt are neighbours: packed rows then share it. A rank
         # without rows runs along with some, because its weights may be needed; what it finds is left out.
-        parts = [(sorted(part) or [0], bool(part)) for part in shares[distributed.rank()]]
+        parts = [(rows or [0], bool(rows)) for rows in own]
         self.counts = [is_counted for _, is_counted in parts]
         self.rows = [torch.tensor(part, dtype=torch.long, device=batch.input_ids.device) for part, _ in parts]
         self.micro_batches = [batch.rows(rows) for rows in self.rows]

@@ -29,7 +29,7 @@ from step3_ppo.config import PpoConfig, PpoRunConfig, RewardModelConfig
 from step3_ppo.ema import MovingAverage
 from step3_ppo.ppo import actor_loss, critic_loss, update
 from step3_ppo.rollout import Experience, sample_responses
-from step3_ppo.scoring import model_scorer
+from step3_ppo.scoring import OwnRows, model_scorer
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from tests.tiny_tokenizers import build_tokenizer
@@ -157,16 +157,16 @@ def reward_model_on_two_ranks_equals_one(folder: Path, zero_stage: int) -> None:
 
 
 def ppo_config(folder: Path, **changes: Any) -> PpoConfig:
-    return PpoConfig(
-        actor=ModelConfig(path="unused"),
-        data=DataConfig(paths=("unused.jsonl",), format="prompt"),
-        run=PpoRunConfig(output_dir=str(folder)),
-        reward=RewardModelConfig(function="unused:unused"),
-        rollout_batch_size=TRAIN_BATCH,
-        train_batch_size=TRAIN_BATCH,
-        micro_batch_size=MICRO_BATCH,
-        **changes,
-    )
+    options: dict[str, Any] = {
+        "actor": ModelConfig(path="unused"),
+        "data": DataConfig(paths=("unused.jsonl",), format="prompt"),
+        "run": PpoRunConfig(output_dir=str(folder)),
+        "reward": RewardModelConfig(function="unused:unused"),
+        "rollout_batch_size": TRAIN_BATCH,
+        "train_batch_size": TRAIN_BATCH,
+        "micro_batch_size": MICRO_BATCH,
+    }
+    return PpoConfig(**options | changes)
 
 
 def experience(seed: int, count: int, width: int) -> Experience:
@@ -327,6 +327,39 @@ def all_ranks_stop_when_one_has_moved_too_far(folder: Path) -> None:
     assert (metrics["ppo/steps"], metrics["ppo/stopped_early"]) == (3, 0.0)
 
 
+def groups_that_do_not_come_out_even_are_trained_on_once(folder: Path, zero_stage: int) -> None:
+    """Three prompts with samples that are computed together, in micro-batches of one prompt: two for each rank."""
+    draw = np.random.default_rng(4)
+    rows = []
+    for samples in (3, 3, 2):
+        prompt = draw.integers(5, 261, 24).tolist()
+        responses = [draw.integers(5, 261, 4 + n).tolist() for n in range(samples)]
+        rows += [(prompt + response, [False] * 24 + [True] * len(response)) for response in responses]
+    batch = collate(rows, pad_id=PAD)
+    noise = torch.Generator().manual_seed(1)
+    values = [torch.randn(batch.input_ids.shape, generator=noise) for _ in range(3)]
+    whole = Experience(batch, values[0] - 5, values[1] - 5, values[2], None, values[2])
+    data = DataConfig(paths=("unused.jsonl",), format="prompt", max_prompt_tokens=24)
+    limits = {"data": data, "sampling": SamplingConfig(max_new_tokens=8), "micro_batch_tokens": 95}
+    config = ppo_config(folder, estimator="reinforce_pp", entropy_coefficient=0.1, **limits)
+    own = OwnRows(batch, config)
+    counts = [rows.tolist() for rows, is_counted in zip(own.rows, own.counts, strict=True) if is_counted]
+    found = distributed.gather_objects(counts)
+    assert sorted(rows for counts in found for rows in counts) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert len(own.rows) == 2
+
+    actor = build_engine(causal_lm, zero_stage, folder)
+    models: Any = SimpleNamespace(actor=actor, critic=None, trained={"actor": actor})
+    update(models, whole, config, 0, None, None)
+    model = plain(causal_lm, folder).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=0.0)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda(OPTIM, STEPS))
+    actor_loss(SimpleNamespace(actor=model), whole, config, batch.response_mask.sum())[0].backward()  # type: ignore[arg-type]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert_same(whole_weights(actor), dict(model.named_parameters()), atol=2e-5)
+
+
 def tied_embeddings_are_exported_from_shards(folder: Path) -> None:
     engine = build_engine(causal_lm, 3, folder)
     target = folder / "exported"
@@ -364,6 +397,8 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "held_out": every_held_out_example_counts_once,
     "moving_average": a_moving_average_over_shards_is_that_of_the_weights,
     "early_stop": all_ranks_stop_when_one_has_moved_too_far,
+    "groups_zero0": partial(groups_that_do_not_come_out_even_are_trained_on_once, zero_stage=0),
+    "groups_zero3": partial(groups_that_do_not_come_out_even_are_trained_on_once, zero_stage=3),
     "tied_export": tied_embeddings_are_exported_from_shards,
 }
 

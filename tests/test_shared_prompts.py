@@ -173,6 +173,23 @@ def test_scoring_puts_the_samples_of_a_prompt_that_meet_in_a_micro_batch_side_by
     assert own.sizes == [[(20 + n, n) for n in (1, 5, 9, 1, 5, 9)]]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "micro_batches"),
+    [
+        (180, [[0, 1, 2], [3, 4, 5, 6, 7]]),  # of 195 tokens: two forwards, each of whole groups
+        (90, [[0, 1, 2], [3, 4, 5], [6, 7]]),
+        (60, [[0, 1], [2, 5], [3, 4], [6, 7]]),  # a group that is too long is cut
+    ],
+)
+def test_samples_of_a_prompt_are_computed_together_as_far_as_the_budget_allows(
+    tokens: int, micro_batches: list[list[int]]
+) -> None:
+    samples = [(prompt, R[n]) for prompt in (A, ids(20, 5)) for n in (9, 5, 7)]
+    batch = rows_of(*samples, (ids(10, 6), R[3]), (ids(10, 7), R[10]))
+    sizes: Any = SimpleNamespace(micro_batch_size=1, micro_batch_tokens=tokens)
+    assert sorted(rows.tolist() for rows in OwnRows(batch, sizes).rows) == micro_batches
+
+
 RULES = [
     AttentionRule(),
     AttentionRule(scaling=0.3, softcap=2.0),
