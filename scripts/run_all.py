@@ -166,7 +166,7 @@ def check_shared_base(sft: SftConfig, reward: RewardConfig, ppo: PpoConfig) -> N
         if ppo.uses_critic and not ppo.critic.path and (critic.rank, critic.alpha) != (lora.rank, lora.alpha):
             raise ValueError(
                 "step3_ppo.share_base lets the critic go on with the reward model's adapters: set "
-                f"step3_ppo.critic.lora.rank to {lora.rank} and step3_ppo.critic.lora.alpha to {lora.alpha}, as in step 2"
+                f"step3_ppo.critic.lora.rank to {lora.rank} and step3_ppo.critic.lora.alpha to {lora.alpha}"
             )
 
 

@@ -44,6 +44,9 @@ class RewardModelConfig(ModelConfig):
     that the prompts were read from. For tasks whose answers can be checked."""
     function_minutes: float = 10.0
     """How long one call of `function` may take before the run ends with an error."""
+    function_early: bool = False
+    """Call `function` with responses as they end, while others are still drawn. It must score each by itself, since it
+    is called with a few at a time, and gains where it waits for something: a service, or programs that it starts."""
     retokenize: bool = False
     """Decode responses and tokenize them again for a reward model with another tokenizer."""
 
@@ -53,6 +56,8 @@ class RewardModelConfig(ModelConfig):
         if self.function is not None and self.function.count(":") != 1:
             raise ValueError(f"function is {self.function}: write module:function, as in scripts.my_task:score")
         check_positive(self, "function_minutes")
+        if self.function_early and self.function is None:
+            raise ValueError("function_early is True, but there is no function: give one, or leave function_early out")
         if self.lora.rank > 0:
             raise ValueError("lora.rank is not 0, but the reward model is not trained here: leave it out")
 

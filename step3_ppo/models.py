@@ -12,7 +12,8 @@ import deepspeed
 from transformers import PreTrainedTokenizerBase
 
 from step3_ppo.config import PpoConfig
-from step3_ppo.scoring import Scorer, function_scorer, model_scorer, retokenizing_scorer
+from step3_ppo.score_function import ScoreFunction, function_scorer
+from step3_ppo.scoring import Scorer, model_scorer, retokenizing_scorer
 from training.config import ModelConfig
 from training.engine import (
     DTYPES,
@@ -49,6 +50,8 @@ class Models:
     reference: Callable[[], AbstractContextManager[Any]]
     """A context that gives the reference: a frozen engine, or the actor with its adapter off."""
     scorer: Scorer
+    score_function: ScoreFunction | None
+    """Where the score comes from, if it is not a model."""
     reward_model: deepspeed.DeepSpeedEngine | None
     """Where the score comes from, if it reads the actor's ids."""
     score_scale: tuple[float, float]
@@ -68,7 +71,11 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Models
         ValueError: tokenizers do not match, or a folder does not hold what it should.
     """
     base = _load_shared(config) if config.share_base else None
-    scorer, reward_model, score_scale = _load_scorer(config, tokenizer, base)
+    score_function = _load_function(config, tokenizer)
+    if score_function is None:
+        scorer, reward_model, score_scale = _load_scorer(config, tokenizer, base)
+    else:
+        scorer, reward_model, score_scale = function_scorer(score_function), None, (1.0, 0.0)
     critic = _load_critic(config, tokenizer, base) if config.uses_critic else None
     actor_model = load_causal_lm(config.actor, *_loading(config)) if base is None else base
     actor = _train(actor_model, config, config.actor_optim)
@@ -78,6 +85,7 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> Models
         critic=critic,
         reference=_load_reference(config, actor),
         scorer=scorer,
+        score_function=score_function,
         reward_model=reward_model,
         score_scale=score_scale,
         generator=_generator(config, tokenizer, actor),
@@ -157,11 +165,14 @@ def _check_goes_on(source: ModelConfig, adapters: Mapping[str, Any]) -> None:
         )
 
 
+def _load_function(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> ScoreFunction | None:
+    name = config.reward.function
+    return None if name is None else ScoreFunction(name, tokenizer, config.reward.function_minutes)
+
+
 def _load_scorer(
     config: PpoConfig, tokenizer: PreTrainedTokenizerBase, base: Any
 ) -> tuple[Scorer, deepspeed.DeepSpeedEngine | None, tuple[float, float]]:
-    if config.reward.function is not None:
-        return function_scorer(config.reward.function, tokenizer, config.reward.function_minutes), None, (1.0, 0.0)
     reward_tokenizer = load_tokenizer(config.reward)
     if not config.reward.retokenize:
         remedy = (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from step3_ppo.config import PpoConfig
 from step3_ppo.models import Models
+from step3_ppo.score_function import EarlyScores, scores_of_all_ranks
 from step3_ppo.scoring import OwnRows
 from training import distributed
 from training.accounting import Accounting, phase_of
@@ -123,8 +124,13 @@ def sample_responses(
     rows = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     share = distributed.own_share(len(prompts))
     own = slice(share.start * samples_per_prompt, share.stop * samples_per_prompt)
+    early = None
+    if config.reward.function_early and models.score_function is not None:
+        early = EarlyScores(models.score_function, rows[own])
     with phase_of(accounting, "generate"):
-        sampled = models.generator.generate([row.prompt_ids for row in rows[own]], config.sampling, seeds[own])
+        own_prompts = [row.prompt_ids for row in rows[own]]
+        on_finish = None if early is None else early.add
+        sampled = models.generator.generate(own_prompts, config.sampling, seeds[own], on_finish=on_finish)
         completions = [completion for shares in distributed.gather_objects(sampled) for completion in shares]
     with phase_of(accounting, "score"):
         batch = _as_batch(rows, completions, models.tokenizer.pad_token_id)
@@ -136,10 +142,13 @@ def sample_responses(
         with models.reference() as reference:
             ref = own_rows.run(partial(own_logprobs, reference))
         values = own_rows.run(partial(critic_values, models.critic)) if models.critic else None
-        scores = models.scorer(own_rows, rows, completions)
+        if early is None:
+            scores = models.scorer(own_rows, rows, completions)
+        else:
+            scores = scores_of_all_ranks(early.result(), own, batch)
     if accounting is not None:
         lengths = [len(completion.response_ids) for completion in sampled]
-        accounting.add_rollout(models.actor, [row.prompt_ids for row in rows[own]], lengths)
+        accounting.add_rollout(models.actor, own_prompts, lengths)
         if config.old_logprobs == "recompute":
             own_rows.count_passes(accounting, "score", models.actor)
         own_rows.count_passes(accounting, "score", reference, adapters=reference is not models.actor)

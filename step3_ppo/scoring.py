@@ -1,13 +1,7 @@
-"""The score of a response: from a reward model, or from the user's function."""
+"""What models say of a batch, each row read on one rank; and the score of a response from a reward model."""
 
-import importlib
-import math
-import queue
-import threading
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +16,6 @@ from training.examples import PromptExample
 from training.forward import reward_scores
 from training.generation.interface import Completion
 from training.packing import repeated_tokens, rows_together
-
-ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping]], Sequence[float]]
 
 
 class OwnRows:
@@ -112,97 +104,6 @@ def retokenizing_scorer(
         return OwnRows(batch, config).run(partial(reward_scores, engine))
 
     return score
-
-
-def function_scorer(name: str, tokenizer: PreTrainedTokenizerBase, minutes: float = 10.0) -> Scorer:
-    """Scores from the user's function `module:function`.
-
-    Args:
-        minutes: that one call may take.
-
-    Raises:
-        ValueError: there is no such function; or, when called, it raised, took too long, or did not return one finite
-            number per response.
-    """
-    function = _import_function(name)
-
-    def score(own: OwnRows, prompts: Sequence[PromptExample], completions: Sequence[Completion]) -> Tensor:
-        share = distributed.own_share(len(prompts))
-        scores = checked(prompts[share], texts(tokenizer, completions[share]))
-        result = torch.zeros(len(prompts))
-        result[share] = torch.tensor(scores, dtype=torch.float32)
-        return distributed.sum_over_ranks(result).to(own.batch.input_ids.device)
-
-    def checked(prompts: Sequence[PromptExample], responses: list[str]) -> list[float]:
-        def call(prompts: Sequence[PromptExample], responses: list[str]) -> list[float]:
-            return list(function([p.text for p in prompts], responses, [p.record for p in prompts]))
-
-        try:
-            scores = within(60 * minutes, partial(call, prompts, responses))
-        except TimeoutError as error:
-            places = f"{prompts[0].source} to {prompts[-1].source}"
-            raise ValueError(
-                f"{name} did not return within {minutes:g} minutes for the responses to the prompts at {places}: make "
-                "it faster, or raise reward.function_minutes"
-            ) from error
-        except Exception as error:
-            culprit = _first_that_raises(call, prompts, responses) or prompts[0]
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise ValueError(
-                f"{name} raised {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno}) on the "
-                f"response to the prompt at {culprit.source}: let it return a score for every text"
-            ) from error
-        if len(scores) != len(prompts):
-            raise ValueError(f"{name} returned {len(scores)} scores for {len(prompts)} responses: return one for each")
-        for prompt, number in zip(prompts, scores, strict=True):
-            if not math.isfinite(number):
-                raise ValueError(f"{name} returned {number} for the prompt at {prompt.source}: return a finite number")
-        return scores
-
-    return score
-
-
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises.
-
-    Raises:
-        TimeoutError: it takes longer; it is then left alone.
-    """
-    outcome: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-
-    def run() -> None:
-        try:
-            outcome.put((call(), None))
-        except Exception as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result
-
-
-def _first_that_raises(
-    call: Callable[[Sequence[PromptExample], list[str]], Any], prompts: Sequence[PromptExample], responses: list[str]
-) -> PromptExample | None:
-    for prompt, response in zip(prompts, responses, strict=True):
-        try:
-            call([prompt], [response])
-        except Exception:
-            return prompt
-    return None
-
-
-def _import_function(name: str) -> ScoreFunction:
-    module_name, function_name = name.split(":")
-    try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward.function {name} cannot be imported from the current folder: {error}") from error
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion]) -> list[str]:

@@ -684,6 +684,22 @@ def test_each_row_may_have_its_own_limit(generator_of: MakeGenerator) -> None:
     assert [completion.finished for completion in completions] == [False, True, False, False]
 
 
+def test_whoever_waits_is_told_of_rows_as_they_end(generator_of: MakeGenerator) -> None:
+    """Row 2 after one token, rows 0 and 3 after two, row 1 after five."""
+    generator = generator_of(COUNTING, eos_ids=[5], batch_size=4)
+    told: list[tuple[list[int], list[Completion]]] = []
+    completions = generator.generate(
+        [[0], [0], [0], [0]],
+        SamplingConfig(max_new_tokens=8),
+        [1, 2, 3, 4],
+        [2, 8, 1, 2],
+        on_finish=lambda rows, ended: told.append((list(rows), list(ended))),
+    )
+    assert [sorted(rows) for rows, _ in told] == [[2], [0, 3], [1]]
+    for rows, ended in told:
+        assert ended == [completions[row] for row in rows]
+
+
 @pytest.mark.parametrize(
     ("prompt_ids", "limits", "message"),
     [

@@ -279,6 +279,21 @@ def test_a_function_may_give_the_score(
     assert final(ppo, "critic").exists() == (estimator == "gae")
 
 
+def test_a_function_that_is_called_early_gives_the_same_scores(
+    tmp_path: Path, model: str, data: dict[str, str], run_here: Callable[[Configs], None]
+) -> None:
+    runs = []
+    for early in (False, True):
+        ppo = tiny_configs(tmp_path / str(early), model, data)["step3_ppo"]
+        ppo |= {
+            "actor": {"path": model},
+            "reward": {"function": "tests.test_pipeline:count_vowels", "function_early": early},
+        }
+        run_here({"step3_ppo": ppo})
+        runs.append([{n: v for n, v in line.items() if not depends_on_machine(n)} for line in metrics_of(ppo)])
+    assert runs[0] == runs[1]
+
+
 def test_an_adaptive_kl_coefficient_follows_the_kl_of_the_run(
     tmp_path: Path, model: str, data: dict[str, str], run_here: Callable[[Configs], None]
 ) -> None:

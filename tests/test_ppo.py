@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from step3_ppo.models import Models, load_models
 from step3_ppo.ppo import actor_loss, minibatch_rows, update
 from step3_ppo.progress import kl_controller
 from step3_ppo.rollout import Experience, Rollout, make_experience, row_seeds, sample_responses
-from step3_ppo.scoring import OwnRows, function_scorer, model_scorer, retokenizing_scorer
+from step3_ppo.score_function import EarlyScores, ScoreFunction, function_scorer
+from step3_ppo.scoring import OwnRows, Scorer, model_scorer, retokenizing_scorer
 from step3_ppo.train import collect, rollout_metrics
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizers import EOS, PAD, VOCAB_SIZE, build_tokenizer, byte_ids
@@ -196,7 +198,7 @@ class AtTemperature1:
     def __init__(self, generator: Any) -> None:
         self.generator = generator
 
-    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int]) -> list[Completion]:
+    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int], **options: Any) -> Any:
         return self.generator.generate(prompt_ids, replace(sampling, temperature=1.0), seeds)
 
 
@@ -823,7 +825,7 @@ class Asked(Exception):
 class Notes:
     """A generator that tells what it was asked for."""
 
-    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int]) -> list[Completion]:
+    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int], **options: Any) -> Any:
         raise Asked(list(zip(map(tuple, prompt_ids), seeds, strict=True)))
 
 
@@ -854,7 +856,7 @@ class Given:
     def __init__(self, completions: list[Completion]) -> None:
         self.completions = completions
 
-    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int]) -> list[Completion]:
+    def generate(self, prompt_ids: list[list[int]], sampling: SamplingConfig, seeds: list[int], **options: Any) -> Any:
         return self.completions
 
 
@@ -991,8 +993,12 @@ def rows_of(completions: list[Completion]) -> Batch:
     return collate(rows, PAD)
 
 
+def scorer_of(function: str, **options: Any) -> Scorer:
+    return function_scorer(ScoreFunction(f"{__name__}:{function}", TOKENIZER, **options))
+
+
 def test_a_function_gets_texts_and_records() -> None:
-    scores = function_scorer(f"{__name__}:echoes", TOKENIZER)(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+    scores = scorer_of("echoes")(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
     assert scores.tolist() == [0.5, 1.5]
     assert scores.dtype == torch.float32
 
@@ -1005,7 +1011,7 @@ def test_a_function_gets_texts_and_records() -> None:
     ],
 )
 def test_scores_that_are_none_are_refused(function: str, message: str) -> None:
-    scorer = function_scorer(f"{__name__}:{function}", TOKENIZER)
+    scorer = scorer_of(function)
     with pytest.raises(ValueError, match=message):
         scorer(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
 
@@ -1020,22 +1026,46 @@ def never_returns(prompts: Sequence[str], responses: Sequence[str], records: Seq
 
 
 def test_a_function_that_raises_is_told_with_its_sample() -> None:
-    scorer = function_scorer(f"{__name__}:raises_on_the_second", TOKENIZER)
+    scorer = scorer_of("raises_on_the_second")
     message = r"raised ZeroDivisionError: .*\(test_ppo\.py:\d+\) on the response to the prompt at prompts\.jsonl:2"
     with pytest.raises(ValueError, match=message):
         scorer(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
 
 
 def test_a_function_that_does_not_return_is_given_up() -> None:
-    scorer = function_scorer(f"{__name__}:never_returns", TOKENIZER, minutes=0.2 / 60)
+    scorer = scorer_of("never_returns", minutes=0.2 / 60)
     with pytest.raises(ValueError, match=r"did not return within .* at prompts\.jsonl:1 to prompts\.jsonl:2"):
         scorer(own(COMPLETIONS), PROMPTS[:2], COMPLETIONS)
+
+
+ASKED: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+
+def notes_what_it_is_asked(prompts: Sequence[str], responses: Sequence[str], records: Sequence[Mapping]) -> list[float]:
+    ASKED.put(list(responses))
+    return [record["row"] + 0.5 for record in records]
+
+
+def test_a_function_is_called_as_soon_as_a_response_has_ended() -> None:
+    early = EarlyScores(ScoreFunction(f"{__name__}:notes_what_it_is_asked", TOKENIZER), PROMPTS[:3])
+    early.add([2, 0], [COMPLETIONS[0], COMPLETIONS[1]])
+    assert ASKED.get(timeout=60) == ["!", " so"]  # the second response is not there yet
+    early.add([1], [COMPLETIONS[0]])
+    assert early.result() == [0.5, 1.5, 2.5]
+
+
+def test_early_scores_raise_where_they_are_asked_for() -> None:
+    early = EarlyScores(ScoreFunction(f"{__name__}:raises_on_the_second", TOKENIZER), PROMPTS[:2])
+    early.add([0], COMPLETIONS[:1])
+    early.add([1], COMPLETIONS[1:])
+    with pytest.raises(ValueError, match=r"raised ZeroDivisionError: .* the prompt at prompts\.jsonl:2"):
+        early.result()
 
 
 @pytest.mark.parametrize("name", ["no_such_module_here:score", f"{__name__}:no_such_function"])
 def test_a_function_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"reward.function {name} cannot be imported"):
-        function_scorer(name, TOKENIZER)
+        ScoreFunction(name, TOKENIZER)
 
 
 def test_scores_of_retokenized_text_are_the_direct_ones_where_tokenizers_agree(tiny_reward_model: Folders) -> None:

@@ -1,7 +1,7 @@
 """Rollouts with the Hugging Face module's own key-value cache: works for every causal LM, on any device."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from training.generation.interface import Completion, Endings, SamplingConfig, checked_limits
+from training.generation.interface import Completion, Endings, OnFinish, SamplingConfig, checked_limits
 from training.generation.responses import Responses
 
 
@@ -38,6 +38,7 @@ class HuggingFaceGenerator:
         sampling: SamplingConfig,
         seeds: list[int],
         limits: Sequence[int] | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`."""
         # Neighbours of like length: less padding.
@@ -50,8 +51,11 @@ class HuggingFaceGenerator:
                 rows = order[start : start + self.batch_size]
                 responses = Responses(len(rows), sampling, self.endings, decoding.device)
                 responses.start(0, [seeds[row] for row in rows], [limits[row] for row in rows])
-                drawn = decoding.run([prompt_ids[row] for row in rows], responses)
-                completions |= zip(rows, drawn, strict=True)
+                for ended, drawn in decoding.run([prompt_ids[row] for row in rows], responses):
+                    numbers = [rows[place] for place in ended]
+                    completions |= zip(numbers, drawn, strict=True)
+                    if on_finish is not None:
+                        on_finish(numbers, drawn)
         return [completions[row] for row in range(len(prompt_ids))]
 
     def metrics(self) -> dict[str, float]:
@@ -70,10 +74,12 @@ class _Decoding:
         self.device = next(module.parameters()).device
         self.takes_positions = "position_ids" in inspect.signature(_forward_of(module)).parameters
 
-    def run(self, prompt_ids: list[list[int]], responses: Responses) -> list[Completion]:
+    def run(
+        self, prompt_ids: list[list[int]], responses: Responses
+    ) -> Iterator[tuple[Sequence[int], Sequence[Completion]]]:
+        """Yields which prompts' responses have ended, and those, as soon as some have."""
         input_ids, mask = self._left_padded(prompt_ids)
         cache = DynamicCache()
-        completions: dict[int, Completion] = {}
         rows = list(range(len(prompt_ids)))
         while rows:
             input_ids = responses.draw(self._forward(input_ids, mask, cache))[:, None]
@@ -81,14 +87,13 @@ class _Decoding:
             done = responses.done(len(rows)).tolist()
             if any(done):
                 ended = [place for place, is_done in enumerate(done) if is_done]
-                completions |= zip([rows[place] for place in ended], responses.completions(ended), strict=True)
+                yield [rows[place] for place in ended], responses.completions(ended)
                 running = [place for place, is_done in enumerate(done) if not is_done]
                 rows = [rows[place] for place in running]
                 keep = torch.tensor(running, dtype=torch.long, device=self.device)
                 cache.batch_select_indices(keep)
                 responses.keep(keep)
                 input_ids, mask = input_ids[keep], mask[keep]
-        return [completions[row] for row in range(len(prompt_ids))]
 
     def _left_padded(self, prompt_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(ids) for ids in prompt_ids)

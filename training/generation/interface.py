@@ -1,6 +1,6 @@
 """What every rollout backend takes and returns: token ids in, token ids and their log-probabilities out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +70,9 @@ class Endings:
         return cls(frozenset(eos_ids), tuple(map(tuple, stop_sequences)))
 
 
+OnFinish = Callable[[Sequence[int], Sequence[Completion]], None]
+
+
 class Generator(Protocol):
     """A rollout backend."""
 
@@ -79,6 +82,7 @@ class Generator(Protocol):
         sampling: SamplingConfig,
         seeds: list[int],
         limits: Sequence[int] | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Completion]:
         """One completion for each prompt, in order.
 
@@ -87,6 +91,7 @@ class Generator(Protocol):
             sampling: how to draw.
             seeds: one for each prompt; what a row draws depends on its own seed and not on its neighbours.
             limits: longest response to each prompt, at most `sampling.max_new_tokens`, which is the limit if None.
+            on_finish: called with the numbers of prompts whose responses have just ended, and with those.
 
         Raises:
             ValueError: a prompt is empty, or with its response exceeds the model's positions.

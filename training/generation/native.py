@@ -11,7 +11,14 @@ from torch import nn
 from training.generation.attention_hook import attention_through
 from training.generation.decoder import Decoder, flat_forward
 from training.generation.hf import HuggingFaceGenerator
-from training.generation.interface import Completion, Endings, SamplingConfig, checked_limits, max_positions
+from training.generation.interface import (
+    Completion,
+    Endings,
+    OnFinish,
+    SamplingConfig,
+    checked_limits,
+    max_positions,
+)
 from training.generation.kv_cache import KvCache, SlotCache
 from training.generation.lean_layers import lean_layers
 from training.generation.paged_cache import PAGE_TOKENS, PagedCache, pages_of
@@ -75,6 +82,7 @@ class NativeGenerator:
         sampling: SamplingConfig,
         seeds: list[int],
         limits: Sequence[int] | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`."""
         if self.takes_the_hook is not False:
@@ -84,9 +92,9 @@ class NativeGenerator:
                     self.takes_the_hook = follows_the_hook(module)
                 if self.takes_the_hook:
                     limits = checked_limits(prompt_ids, sampling, limits, module)
-                    return self._decode(module, prompt_ids, sampling, seeds, limits) if prompt_ids else []
+                    return self._decode(module, prompt_ids, sampling, seeds, limits, on_finish) if prompt_ids else []
             _log.warning("the native rollout backend cannot serve this architecture: hf does")
-        return self.fallback.generate(prompt_ids, sampling, seeds, limits)
+        return self.fallback.generate(prompt_ids, sampling, seeds, limits, on_finish)
 
     def sleep(self) -> None:
         """See `Generator.sleep`."""
@@ -103,6 +111,7 @@ class NativeGenerator:
         sampling: SamplingConfig,
         seeds: list[int],
         limits: Sequence[int],
+        on_finish: OnFinish | None,
     ) -> list[Completion]:
         wanted = min(self.batch_size, len(prompt_ids))
         capacity = max(len(ids) + limit for ids, limit in zip(prompt_ids, limits, strict=True))
@@ -112,7 +121,7 @@ class NativeGenerator:
             del decoder  # its memory is free before the new one's is taken
             decoder = self._new_decoder(module, wanted, capacity, sampling)
         decoder.begin()
-        rollout = _Rollout(decoder, prompt_ids, seeds, limits, self.steps_unseen)
+        rollout = _Rollout(decoder, prompt_ids, seeds, limits, self.steps_unseen, on_finish)
         with attention_through(module, decoder.cache), lean_layers(module, decoder.cache, wanted):
             while rollout.unfinished:
                 rollout.step()
@@ -158,8 +167,10 @@ class _Rollout:
         seeds: Sequence[int],
         limits: Sequence[int],
         steps_unseen: int | None,
+        on_finish: OnFinish | None,
     ) -> None:
         self.decoder = decoder
+        self.on_finish = on_finish
         self.prompt_ids, self.seeds, self.limits = prompt_ids, seeds, limits
         is_gpu = decoder.device.type == "cuda"
         self.steps_unseen = steps_unseen or (STEPS_UNSEEN_GPU if is_gpu else STEPS_UNSEEN_CPU)
@@ -215,7 +226,10 @@ class _Rollout:
         if not done:
             return
         drawn = self.decoder.responses.completions(done)
-        self.completions |= {self.running[slot]: found for slot, found in zip(done, drawn, strict=True)}
+        rows = [self.running[slot] for slot in done]
+        self.completions |= zip(rows, drawn, strict=True)
+        if self.on_finish is not None:
+            self.on_finish(rows, drawn)
         for slot in reversed(done):
             self.decoder.retire(slot, len(self.running) - 1)
             self.running[slot] = self.running[-1]
