@@ -33,6 +33,7 @@ LAYERS = (
         "durable",
         "manifest",
         "signals",
+        "spikes",
         "storage",
         "supervision",
         "untrusted",

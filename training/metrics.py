@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training.config import RunConfig
 from training.durable import cut_lines, synced_length, write_durably
+from training.spikes import Spikes
 
 # A console line holds the first few metrics in the order given; metrics.jsonl holds them all.
 CONSOLE_METRICS = 8
@@ -80,6 +81,9 @@ class MetricsLogger:
         self._path = folder / "metrics.jsonl"
         cut_lines(self._path, resumed["bytes"])
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._spikes = Spikes()
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            self._spikes.look(json.loads(line))
         self._bar = ProgressBar(total_steps, self._start_step) if sys.stdout.isatty() else None
 
     @property
@@ -123,6 +127,8 @@ class MetricsLogger:
         else:
             left = format_seconds_left(step, self._total_steps - step, seconds)
             print(f"{line}  eta {left}", flush=True)
+        for spike in self._spikes.look(metrics):
+            self.event(f"step {step}: {spike}")
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
