@@ -993,6 +993,16 @@ def rows_of(completions: list[Completion]) -> Batch:
     return collate(rows, PAD)
 
 
+def test_what_models_say_of_a_rollout_keeps_no_graph() -> None:
+    """A graph of all rows would fill the memory, and old log-probabilities with a gradient change the loss."""
+
+    def forward(batch: Batch) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return batch.attention_mask.sum(1).float()
+
+    assert own(COMPLETIONS).run(forward).tolist() == rows_of(COMPLETIONS).lengths
+
+
 def scorer_of(function: str, **options: Any) -> Scorer:
     return function_scorer(ScoreFunction(f"{__name__}:{function}", TOKENIZER, **options))
 

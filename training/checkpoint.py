@@ -36,7 +36,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 # They decide how fast a run is, how much memory it needs and what it reports, but what it learns only to rounding.
 FREE_OPTIONS = {
     *("output_dir", "log_every", "eval_every", "tensorboard", "wandb_project", "samples_shown"),
-    *("timeout_minutes", "function_minutes"),
+    *("timeout_minutes", "function_minutes", "function_early"),
     *("save_every", "save_minutes", "keep_checkpoints", "resume", "allow_changes", "max_skipped_steps"),
     *("zero_stage", "offload_optimizer", "offload_parameters", "gradient_checkpointing", "attention", "packing"),
     *("compile_layers", "activation_budget"),

@@ -20,6 +20,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/generation/kv_cache.py": ("test_generation.py",),
     "training/generation/paged_cache.py": ("test_generation.py",),
     "training/generation/lean_layers.py": ("test_generation.py",),
+    "training/generation/native.py": ("test_generation.py",),
     "training/optim.py": ("test_optim.py", "test_engine.py"),
     "training/distributed.py": ("test_distributed_helpers.py", "test_distributed.py"),
     "training/engine.py": ("test_engine.py", "test_loop.py", "test_distributed.py"),
@@ -149,6 +150,10 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "training/packing.py": {
+        "samples of a prompt are scattered over micro-batches": (
+            "if is_first[row] or tokens + length > most_tokens:",
+            "if length > 0:",
+        ),
         "positions count on from one packed row to the next": (
             "(real.cumsum(1) - 1).flatten()",
             "(real.flatten().cumsum(0) - 1)",
@@ -298,6 +303,12 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         "a page is free while another row holds it": ("if not self._shared[page]:", "if True:"),
         "a row that moves takes no pages along": ("            self._write_table(slot)\n\n", "            pass\n\n"),
     },
+    "training/generation/native.py": {
+        "rows that have ended are told by their slots": (
+            "rows = [self.running[slot] for slot in done]",
+            "rows = list(done)",
+        ),
+    },
     "training/generation/lean_layers.py": {
         "weights that lie apart are taken for neighbours": ("or part.storage_offset() != expected:", "or False:"),
         "layers of a sliding window see everything": (
@@ -400,6 +411,10 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "last = number == len(micros) and not demonstrations",
             "last = number == len(micros)",
         ),
+        "a rank that has no rows trains on those of another": (
+            "micro if counts else micro.as_filler()",
+            "micro if counts else micro",
+        ),
     },
     "step3_ppo/models.py": {
         "the reference is the actor with its adapter on": (
@@ -431,7 +446,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "return distributed.sum_over_ranks(result)\n\n    def count_passes",
             "return result\n\n    def count_passes",
         ),
-        "old log-probabilities keep their gradient": ("with torch.no_grad():", "with contextlib.nullcontext():"),
+        "what models say of a rollout keeps its graph": ("with torch.no_grad():", "with torch.enable_grad():"),
     },
     "step3_ppo/train.py": {
         "every iteration answers the same prompts": (
