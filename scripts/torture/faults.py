@@ -155,9 +155,12 @@ def full_disks(workshop: Workshop, stage: str, count: int, draw: random.Random) 
     """Let one rank write no file longer than a random length: the run ends with an error, goes on with room."""
     outcome, run = Outcome(stage), workshop.copy(stage, "full")
     right = workshop.right[stage].digest()
-    largest = max(file.stat().st_size for file in workshop.right[stage].checkpoints.rglob("*.safetensors"))
+    checkpoints = workshop.right[stage].checkpoints
     for _ in range(count):
-        limit, victim = draw.randrange(1, largest), draw.randrange(2)
+        victim = draw.randrange(2)
+        # Ranks have more or less to write: the limit is one that this one meets.
+        files = checkpoints.rglob(f"rank-{victim:05d}.safetensors")
+        limit = draw.randrange(1, max(file.stat().st_size for file in files))
         before = run.newest()
         processes = start(stage, run.file, run.log, in_rank=partial(_limit_files, victim, limit))
         ended = processes.wait(WAIT_SECONDS)
