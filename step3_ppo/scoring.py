@@ -16,6 +16,7 @@ from training.examples import PromptExample
 from training.forward import reward_scores
 from training.generation.interface import Completion
 from training.packing import repeated_tokens, rows_together
+from training.supervision import alive
 
 
 class OwnRows:
@@ -55,8 +56,11 @@ class OwnRows:
 
         Returns: [batch] or [batch, time], 0 in padding.
         """
+        found = []
         with torch.no_grad():
-            found = [forward(micro_batch) for micro_batch in self.micro_batches]
+            for micro_batch in self.micro_batches:
+                found.append(forward(micro_batch))
+                alive()
         result = found[0].new_zeros(self.batch.input_ids.shape[: found[0].dim()])
         for rows, values, is_counted in zip(self.rows, found, self.counts, strict=True):
             if is_counted:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from training import distributed
-from training.supervision import EXIT_STOPPED, watch
+from training.supervision import EXIT_STOPPED, alive, watch
 
 
 def main() -> None:
@@ -60,7 +60,15 @@ def loops() -> None:
         pass
 
 
+def takes_its_time() -> None:
+    """More of it than the watchdog of `test_supervision.py` waits."""
+    for _ in range(70):
+        time.sleep(0.1)
+        alive()
+
+
 EVENTS = {
+    "takes_its_time": takes_its_time,
     "fails": fails,
     "loops": loops,
     "leaves": lambda: sys.exit(0),

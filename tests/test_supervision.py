@@ -150,6 +150,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     """Runs whose ranks do nothing for longer than the watchdog waits, all at the same time; and have then ended."""
     folder = tmp_path_factory.mktemp("idle")
     events = {"stopped 0": (), "stopped 1": (), "loops": ("loops", "1", "5"), "suspended": ("rests", "1", "3")}
+    events["slow"] = ("takes_its_time", "1", "4")
     runs: dict[str, Run] = {}
     try:
         for name, event in events.items():
@@ -186,6 +187,12 @@ def test_the_watchdog_names_a_rank_that_loops_and_not_those_that_wait_for_it(idl
         assert "furthest behind is rank 1 " in run.last_line(rank)
         assert re.search(r"step 5 for \d s, last seen at tests/supervised_rank.py:\d+ in loops$", run.last_line(rank))
     assert " in loops" in run.console(1)
+
+
+def test_a_long_phase_that_tells_that_it_moves_is_no_hang(idle: dict[str, Run]) -> None:
+    run = idle["slow"]
+    run.signal(1, signal.SIGTERM)
+    assert [run.code(0, END_SECONDS), run.code(1, END_SECONDS)] == [EXIT_STOPPED, EXIT_STOPPED]
 
 
 def test_ranks_that_were_suspended_blame_nobody(idle: dict[str, Run]) -> None:

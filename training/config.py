@@ -255,8 +255,8 @@ class RunConfig:
     wandb_project: str | None = None
     """Also sends the metrics to this project on Weights & Biases."""
     timeout_minutes: float = 30.0
-    """How long a process waits for the others, and how long a phase of a step may take, before the run ends with an
-    error that names the process that is behind."""
+    """How long a process waits for the others, and how long none of them may move, before the run ends with an error
+    that names the process that is behind."""
     save_every: int = 0
     """Steps between two checkpoints; 0 saves by time alone. A run that is asked to stop saves in any case."""
     save_minutes: float = 30.0

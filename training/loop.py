@@ -17,6 +17,7 @@ from training.engine import backward_and_step, gradient_norm
 from training.examples import PreferenceDataset, TokenizedDataset
 from training.metrics import MetricsLogger
 from training.packing import repeated_tokens
+from training.supervision import alive
 
 Micro = TypeVar("Micro", Batch, PairBatch)
 LossFunction = Callable[[Any, Any, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
@@ -160,8 +161,9 @@ def own_held_out(
     dataset: TokenizedDataset | PreferenceDataset, collate_fn: Callable[[list[Any]], Micro], **sizes: Any
 ) -> Iterator[Micro]:
     """This process's share of `data.eval_batches`, whose sizes of micro-batches are `sizes`, on its device."""
-    batches = eval_batches(dataset, collate_fn, rank=rank(), world_size=world_size(), **sizes)
-    return (batch.to(device()) for batch in batches)
+    for batch in eval_batches(dataset, collate_fn, rank=rank(), world_size=world_size(), **sizes):
+        alive()
+        yield batch.to(device())
 
 
 def named(group: str, metrics: Mapping[str, float]) -> dict[str, float]:

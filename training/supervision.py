@@ -36,6 +36,7 @@ EXCHANGE_SECONDS = 2.0
 PEER_GRACE_SECONDS = 5.0
 """How long the main thread of a rank has, once another rank is gone, to end by an error of its own."""
 KEY = "supervision/{}"
+_watching: "Supervisor | None" = None
 LIBRARIES = ("torch", "deepspeed", distributed.__name__, __name__)
 
 
@@ -49,7 +50,8 @@ def watch(*, watchdog_minutes: float, orphan_minutes: float = 30.0) -> Iterator[
         watchdog_minutes: how long no rank may report progress before the run ends with EXIT_HUNG.
         orphan_minutes: how long a run whose launcher is gone may take until its next step is done and saved.
     """
-    supervisor = Supervisor(60 * watchdog_minutes, 60 * orphan_minutes)
+    global _watching
+    supervisor = _watching = Supervisor(60 * watchdog_minutes, 60 * orphan_minutes)
     try:
         yield supervisor
     except (Exception, SystemExit) as end:
@@ -60,6 +62,12 @@ def watch(*, watchdog_minutes: float, orphan_minutes: float = 30.0) -> Iterator[
         distributed.stop()
         raise
     supervisor.close()
+
+
+def alive() -> None:
+    """Tells that this process moves, from within a phase: one that takes hours, as a rollout may, is then no hang."""
+    if _watching is not None:
+        _watching.alive()
 
 
 class Peer:
@@ -109,6 +117,11 @@ class Supervisor:
     def progress(self, phase: str, step: int) -> None:
         """Tells that this rank moves and where it is; costs nothing, so that every phase of a step can call it."""
         self._progress = (self._progress[0] + 1, phase, step)
+
+    def alive(self) -> None:
+        """Tells that this rank moves, and is where it was."""
+        number, phase, step = self._progress
+        self._progress = (number + 1, phase, step)
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: the same on all ranks, which all ask, after each optimizer step."""

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from training.generation.interface import Completion, Endings, OnFinish, SamplingConfig, checked_limits
 from training.generation.responses import Responses
+from training.supervision import alive
 
 
 class HuggingFaceGenerator:
@@ -83,6 +84,7 @@ class _Decoding:
         rows = list(range(len(prompt_ids)))
         while rows:
             input_ids = responses.draw(self._forward(input_ids, mask, cache))[:, None]
+            alive()
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             done = responses.done(len(rows)).tolist()
             if any(done):

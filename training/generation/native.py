@@ -23,6 +23,7 @@ from training.generation.kv_cache import KvCache, SlotCache
 from training.generation.lean_layers import lean_layers
 from training.generation.paged_cache import PAGE_TOKENS, PagedCache, pages_of
 from training.generation.responses import Responses
+from training.supervision import alive
 
 # Tokens of the prompts of one forward, padded to the longest of them, beside the tokens of the rows that decode: bounds
 # the memory of activations.
@@ -125,6 +126,7 @@ class NativeGenerator:
         with attention_through(module, decoder.cache), lean_layers(module, decoder.cache, wanted):
             while rollout.unfinished:
                 rollout.step()
+                alive()
         if rollout.room < wanted and not self.has_told_of_waiting:
             self.has_told_of_waiting = True
             _log.warning(f"{rollout.room} of {wanted} rows fit into kv_cache_gib {self.cache_gib:g}: the others wait")
