@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,4 +253,4 @@ def test_a_checkpoint_says_what_it_comes_from(trial: Callable[..., Trial]) -> No
     facts = json.loads((run.root / "step-000001" / "MANIFEST.json").read_text())["facts"]
     assert facts["step"] == 1 and facts["ranks"] == distributed.world_size() == 1
     assert facts["options"]["optim"]["lr"] == 0.1
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == version("torch")
