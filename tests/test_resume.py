@@ -22,7 +22,9 @@ def options_of(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
         options["step1_sft"]["model"]["lora"]["merge_on_save"] = True
         options["step3_ppo"]["share_base"] = True
     else:
+        demonstrations = {name: options["step1_sft"]["data"][name] for name in ("paths", "format")}
         options["step3_ppo"] |= {"ema_decay": 0.5, "kl": {"adaptive": True, "target": 1.0}}
+        options["step3_ppo"]["ptx"] = {"coefficient": 0.5, **demonstrations}
         for stage, model in zip(STAGES, ("model", "model", "actor"), strict=True):
             options[stage][model]["packing"] = False  # so that there is padding to count
             options[stage]["run"]["eval_every"] = 2 if stage == "step3_ppo" else 5
