@@ -25,6 +25,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/distributed.py": ("test_distributed_helpers.py", "test_distributed.py"),
     "training/engine.py": ("test_engine.py", "test_loop.py", "test_distributed.py"),
     "training/loop.py": ("test_loop.py", "test_distributed.py"),
+    "training/engine_state.py": ("test_resume.py", "test_engine_state.py"),
+    "training/checkpoint.py": ("test_checkpoint.py", "test_resume.py"),
+    "training/storage.py": ("test_storage.py", "test_storage_crashes.py"),
+    "training/manifest.py": ("test_manifest.py", "test_storage.py"),
+    "training/durable.py": ("test_durable.py", "test_storage_crashes.py"),
+    "training/accounting.py": ("test_accounting.py", "test_resume.py"),
+    "step3_ppo/progress.py": ("test_resume.py", "test_pipeline.py"),
     "training/metrics.py": ("test_metrics.py", "test_loop.py"),
     "training/export.py": ("test_export.py", "test_distributed.py"),
     "step2_reward/evaluate.py": ("test_reward_evaluation.py", "test_distributed.py"),
@@ -352,7 +359,107 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "loss_fn(engine, micro_batch, count_fn(micro_batch).clamp(min=1e-8) * len(micro_batches))",
         ),
     },
+    "training/engine_state.py": {
+        "resume: float32 weights stay as they were loaded": (
+            "if kind == MASTER or steps[name] > 0:",
+            "if kind != MASTER and steps[name] > 0:",
+        ),
+        "resume: AdamW's means of the gradient begin at 0": (
+            "                values.copy_(saved.read(kind, name, start, len(values)))",
+            "                values.copy_(saved.read(kind, name, start, len(values)) * (kind != 'exp_avg'))",
+        ),
+        "resume: AdamW's means of the squares begin at 0": (
+            "            if kind == MASTER or steps[name] > 0:\n",
+            "            if kind != 'exp_avg_sq' and (kind == MASTER or steps[name] > 0):\n",
+        ),
+        "resume: AdamW counts its steps anew": ("torch.tensor(float(step), dtype", "torch.tensor(1.0, dtype"),
+        "resume: the weights of the forward pass are not those that were saved": (
+            "    _weights_from_masters(engine, saved)\n    _load_scalars",
+            "    _load_scalars",
+        ),
+        "resume: the first step has the learning rate of the start": ('group["lr"] = rate', "pass"),
+        "resume: the schedule begins anew": (
+            'schedule.last_epoch, schedule._step_count = scalars["schedule_step"], scalars["schedule_step"] + 1',
+            "pass",
+        ),
+        "resume: the loss scale begins anew": ("setattr(scaler, name, value)", "pass"),
+        "resume: DeepSpeed counts its steps anew": ("setattr(engine, name, value)", "pass"),
+    },
+    "training/checkpoint.py": {
+        "resume: Python's random numbers begin anew": ("random.setstate((variant, tuple(keys), gauss))", "pass"),
+        "resume: NumPy's random numbers begin anew": (
+            "np.random.set_state((kind, np.array(keys, np.uint32), *rest))",
+            "pass",
+        ),
+        "resume: torch's random numbers begin anew": (
+            'torch.set_rng_state(torch.tensor(saved["torch"], dtype=torch.uint8))',
+            "pass",
+        ),
+        "resume: the best checkpoint is forgotten": ('"metric": state.metric,', '"metric": None,'),
+        "resume: other training data are not noticed": (
+            '{"digest of the training data": self._data}',
+            '{"digest of the training data": ""}',
+        ),
+        "weights that are not finite are saved": ("if not torch.isfinite(values).all():", "if False:"),
+        "a rank that could not write is not heard": ("        if text is not None:\n", "        if False:\n"),
+    },
+    "training/storage.py": {
+        "files of a checkpoint do not wait for the disk": (
+            "        sync(file)\n        records.append",
+            "        records.append",
+        ),
+        "old checkpoints go before the newest is verified": ("        verify(root / names[-1])\n", "        pass\n"),
+        "a good checkpoint is gone before another takes its name": (
+            "    if _is_good(folder):\n        rename(folder, replaced)",
+            "    if _is_good(folder):\n        remove_tree(folder)",
+        ),
+    },
+    "training/manifest.py": {
+        "a file's hash is not looked at": ("if found != record.sha256:", "if False:"),
+        "a manifest's own hash is not looked at": ("    if found != expected:\n", "    if False:\n"),
+    },
+    "training/durable.py": {
+        "a name is given without waiting for the disk": (
+            "    os.rename(source, target)\n    sync(target.parent)",
+            "    os.rename(source, target)",
+        ),
+        "a file gets its name before its bytes are on the disk": (
+            "            os.fsync(descriptor)\n        finally:\n            os.close(descriptor)\n        rename",
+            "            pass\n        finally:\n            os.close(descriptor)\n        rename",
+        ),
+        "a folder has no lock": ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    },
+    "training/accounting.py": {
+        "resume: what was computed since the last line is forgotten": (
+            "return self._before + sums",
+            "return sums",
+        ),
+    },
+    "step3_ppo/progress.py": {
+        "resume: the KL coefficient begins anew": (
+            'result.controller.coefficient = values.pop("kl_coefficient")',
+            'values.pop("kl_coefficient")',
+        ),
+        "resume: the updates of a rollout begin anew": (
+            'result.updates = Updates(**values.pop("updates"))',
+            'values.pop("updates")',
+        ),
+        "resume: held-out responses are drawn anew": (
+            'result.before = [Sample(**sample) for sample in values.pop("before")]',
+            'values.pop("before")',
+        ),
+        "resume: the rollout under way is forgotten": ("        if rest:\n", "        if False:\n"),
+        "resume: the moving average begins anew": (
+            "        if average is not None:\n            average.restore",
+            "        if False:\n            average.restore",
+        ),
+        "resume: demonstrations begin anew": ('"actor_steps": self.actor_steps,', '"actor_steps": 0,'),
+        "resume: iterations begin anew": ('"iteration": self.iteration,', '"iteration": 0,'),
+        "resume: metrics of the rollout are forgotten": ('"metrics": self.metrics,', '"metrics": {},'),
+    },
     "training/metrics.py": {
+        "resume: tokens are counted anew": ('self.tokens = resumed["tokens"]', "self.tokens = 0"),
+        "resume: lines after the checkpoint stay": ('cut_lines(self._path, resumed["bytes"])', "pass"),
         "the log shows the tokens of its last step for those so far": (
             "self.tokens += tokens",
             "self.tokens = tokens",
