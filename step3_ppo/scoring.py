@@ -15,7 +15,7 @@ from training.data import Batch, collate, share_out
 from training.examples import PromptExample
 from training.forward import reward_scores
 from training.generation.interface import Completion
-from training.packing import repeated_tokens, rows_together
+from training.packing import SHARED_TOKENS, repeated_tokens
 from training.supervision import alive
 
 
@@ -30,7 +30,7 @@ class OwnRows:
         if config.micro_batch_tokens is not None:
             even_share = -(-sum(tokens for tokens, _ in sizes) // distributed.world_size())
             most_tokens = min(config.micro_batch_tokens, even_share)
-            together = rows_together(batch.input_ids, batch.attention_mask, most_tokens)
+            together = samples_together(batch, most_tokens)
         lengths = [sum(sizes[row][0] for row in rows) for rows in together]
         shares = share_out(lengths, distributed.world_size(), config.micro_batch_size, config.micro_batch_tokens)
         own = [sorted(row for number in part for row in together[number]) for part in shares[distributed.rank()]]
@@ -73,6 +73,25 @@ class OwnRows:
         for micro_batch, sizes, repeated in zip(self.micro_batches, self.sizes, self.repeated, strict=True):
             tokens, logits = (list(column) for column in zip(*sizes, strict=True))
             accounting.add_pass(phase, model, micro_batch.input_ids, tokens, sum(logits), repeated=repeated, **kind)
+
+
+def samples_together(batch: Batch, most_tokens: int) -> list[list[int]]:
+    """All rows, in order, in parts: samples of one prompt, which packing computes once, as far as `most_tokens` go.
+
+    Nothing else that rows begin with alike keeps them together, or a system prompt would make one part of all.
+    """
+    ids, prompt = batch.input_ids, batch.attention_mask & ~batch.response_mask
+    alike = (prompt[1:] == prompt[:-1]) & ((ids[1:] == ids[:-1]) | ~prompt[1:])
+    goes_on = alike.all(1) & (prompt[1:].sum(1) >= SHARED_TOKENS)
+    parts: list[list[int]] = []
+    tokens = 0
+    for row, (length, same_prompt) in enumerate(zip(batch.lengths, [False, *goes_on.tolist()], strict=True)):
+        if not same_prompt or tokens + length > most_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += length
+    return parts
 
 
 Scorer = Callable[[OwnRows, Sequence[PromptExample], Sequence[Completion]], Tensor]

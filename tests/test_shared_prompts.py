@@ -21,7 +21,7 @@ from tests.test_packing import (
 )
 from tests.tiny_models import CONFIGS
 from tests.tiny_tokenizers import NUM_SPECIAL, PAD, VOCAB_SIZE
-from training import head
+from training import distributed, head
 from training.attention import AttentionRule, Branching, SideBySide
 from training.config import LoraConfig
 from training.data import Batch, collate
@@ -188,6 +188,21 @@ def test_samples_of_a_prompt_are_computed_together_as_far_as_the_budget_allows(
     batch = rows_of(*samples, (ids(10, 6), R[3]), (ids(10, 7), R[10]))
     sizes: Any = SimpleNamespace(micro_batch_size=1, micro_batch_tokens=tokens)
     assert sorted(rows.tolist() for rows in OwnRows(batch, sizes).rows) == micro_batches
+
+
+def test_a_system_prompt_does_not_keep_all_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a rank would have two micro-batches where another has one."""
+    batch = rows_of(*((A + ids(4, 30 + n), R[n]) for n in range(1, 9)))
+    sizes: Any = SimpleNamespace(micro_batch_size=1, micro_batch_tokens=100)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    tokens = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        own = OwnRows(batch, sizes)
+        assert all(own.counts)
+        tokens.append(sum(size for part in own.sizes for size, _ in part))
+    assert sum(tokens) == batch.num_tokens
+    assert max(tokens) < 1.1 * batch.num_tokens / 2
 
 
 RULES = [

@@ -73,23 +73,6 @@ def repeated_tokens(input_ids: Tensor, attention_mask: Tensor) -> list[int]:
     return [shared for rows, shared in groups for _ in rows[1:]]
 
 
-def rows_together(input_ids: Tensor, attention_mask: Tensor, most_tokens: int) -> list[list[int]]:
-    """All rows of a batch, in order, in parts: those that begin alike are in one, as far as it has `most_tokens`."""
-    lengths, groups = _lengths_and_groups(input_ids, attention_mask.bool())
-    is_first = [True] * len(lengths)
-    for rows, _ in groups:
-        is_first[rows.start + 1 : rows.stop] = [False] * (len(rows) - 1)
-    parts: list[list[int]] = []
-    tokens = 0
-    for row, length in enumerate(lengths.tolist()):
-        if is_first[row] or tokens + length > most_tokens:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(row)
-        tokens += length
-    return parts
-
-
 class Group(NamedTuple):
     """Consecutive rows that begin alike."""
 

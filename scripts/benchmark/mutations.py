@@ -41,7 +41,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step3_ppo/ema.py": ("test_ppo.py", "test_distributed.py"),
     "step3_ppo/check.py": ("test_ppo.py",),
     "step3_ppo/evaluate.py": ("test_ppo.py",),
-    "step3_ppo/scoring.py": ("test_distributed.py", "test_ppo.py"),
+    "step3_ppo/scoring.py": ("test_shared_prompts.py", "test_distributed.py", "test_ppo.py"),
     "step3_ppo/train.py": ("test_ppo.py",),
 }
 
@@ -157,10 +157,6 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "training/packing.py": {
-        "samples of a prompt are scattered over micro-batches": (
-            "if is_first[row] or tokens + length > most_tokens:",
-            "if length > 0:",
-        ),
         "positions count on from one packed row to the next": (
             "(real.cumsum(1) - 1).flatten()",
             "(real.flatten().cumsum(0) - 1)",
@@ -549,6 +545,10 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "step3_ppo/scoring.py": {
+        "samples of a prompt are scattered over micro-batches": (
+            "if not same_prompt or tokens + length > most_tokens:",
+            "if length > 0:",
+        ),
         "a rank's own scores are taken for those of all": (
             "return distributed.sum_over_ranks(result)\n\n    def count_passes",
             "return result\n\n    def count_passes",
