@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -96,6 +97,14 @@ def short_score(prompts: list[str], responses: list[str], records: list[dict]) -
 def nan_score(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
     """nan on the rank that sees the first held-out prompts, and nowhere else."""
     return [math.nan if distributed.rank() == 1 else 0.0 for _ in responses]
+
+
+def moving_score(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:
+    """Somebody moves the run's folder while the held-out responses are scored."""
+    folder = Path(os.environ["FOLDER_TO_MOVE"])
+    if folder.exists():
+        folder.rename(folder.with_name("elsewhere"))
+    return [0.0 for _ in responses]
 
 
 CONFIG_ERRORS: list[tuple[str, dict[str, Any], str]] = [
@@ -304,6 +313,14 @@ def test_a_chat_needs_a_chat_template(refuse: Refuse, tmp_path: Path, model: str
 def test_a_wrong_score_function_is_refused(refuse: Refuse, function: str, message: str) -> None:
     # Two held-out prompts: that many responses are scored first.
     assert message in refuse("step3_ppo", {"reward.function": function, "data.eval_size": 2})
+
+
+def test_a_run_whose_folder_is_moved_stops(refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run" / "step3_ppo"
+    monkeypatch.setenv("FOLDER_TO_MOVE", str(folder))
+    message = refuse("step3_ppo", {"reward.function": "tests.test_bad_input:moving_score", "data.eval_size": 2})
+    assert f"error: {folder}/metrics.jsonl is gone, so the run stops: leave the folder" in message
+    assert not folder.exists()  # nothing is written to a second folder of the same name
 
 
 # As programs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training import metrics
 from training.config import RunConfig
+from training.durable import CannotWrite
 from training.metrics import Averages, MetricsLogger, format_line, format_seconds_left, write_json
 
 
@@ -113,6 +114,19 @@ def test_a_log_that_is_shorter_than_at_the_checkpoint_is_refused(tmp_path: Path,
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="put the whole file back"):
         MetricsLogger(tmp_path, 2, config, is_main=True, resumed=state)
+
+
+def test_a_log_that_vanishes_stops_the_run(tmp_path: Path, config: RunConfig) -> None:
+    logger = MetricsLogger(tmp_path / "run", 3, config, is_main=True)
+    logger.log(1, {"train/loss": 1.0}, tokens=1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for reported in ({"train/loss": 1.0}, {}):  # at every step, not only at one that is logged
+        with pytest.raises(CannotWrite, match=r"run/metrics.jsonl is gone"):
+            logger.log(2, reported, tokens=1)
+    (tmp_path / "moved").rename(tmp_path / "run")
+    logger.log(2, {"train/loss": 1.0}, tokens=1)
+    logger.close()
+    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2]
 
 
 def test_other_ranks_write_and_print_nothing(

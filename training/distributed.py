@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from training.durable import CannotWrite
 from training.untrusted import check_versions
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,15 +36,15 @@ _set_by_start: list[str] = []
 def run(main: Callable[[], None]) -> None:
     """Runs a program.
 
-    A ValueError that this project raises is a sentence for the user: the program ends with it and with code 2. Every
-    other exception, also a ValueError of a library, keeps its traceback.
+    A ValueError or `CannotWrite` that this project raises is a sentence for the user: the program ends with it and with
+    code 2. Every other exception, also a ValueError of a library, keeps its traceback.
     """
     try:
         main()
     except torch.OutOfMemoryError as error:
         error.add_note(OUT_OF_MEMORY)
         raise
-    except ValueError as error:
+    except (ValueError, CannotWrite) as error:
         *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
         package = innermost.f_globals["__package__"] or ""
         if package.partition(".")[0] not in (__package__, main.__globals__["__package__"]):

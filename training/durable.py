@@ -18,7 +18,7 @@ NO_ROOM_TEXTS = (*(os.strerror(number) for number in NO_ROOM), "inline_container
 
 
 class CannotWrite(OSError):
-    """The disk is full, over its quota or read-only; the message says where, and how much is needed and free."""
+    """The disk is full, over its quota or read-only, or the folder is gone; the message says what to do."""
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.config import RunConfig
-from training.durable import cut_lines, synced_length, write_durably
+from training.durable import CannotWrite, cut_lines, synced_length, write_durably
 from training.spikes import Spikes
 
 # A console line holds the first few metrics in the order given; metrics.jsonl holds them all.
@@ -110,10 +110,14 @@ class MetricsLogger:
             step: number of steps done.
             metrics: numbers by name, the most telling first; if there are none, the step is counted but not reported.
             tokens: tokens that this step trained on, over all ranks; files show their sum up to here.
+
+        Raises: `CannotWrite` if somebody moved or removed metrics.jsonl or its folder: what the run would save is lost.
         """
         self.tokens += tokens
         if not self._is_main:
             return
+        if not self._path.exists():
+            raise CannotWrite(f"{self._path} is gone, so the run stops: leave the folder of a run in its place")
         if not metrics:
             if self._bar is not None:
                 self._bar.advance(step)
