@@ -2,8 +2,6 @@
 
 import ctypes
 import gc
-import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -22,7 +20,6 @@ T = TypeVar("T")
 STREAM_BYTES = {"cpu": 2**28, "cuda": 2**32}
 # Width and height of the weights that rows stream through.
 WEIGHT_SIZE = {"cpu": 2048, "cuda": 8192}
-SAMPLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -104,14 +101,13 @@ class PeakMemory:
     """The most memory held inside the context, in bytes.
 
     On a GPU all that torch has allocated, the weights included. On a CPU the increase of the process's resident memory,
-    looked at every 5 ms: a process hands back late what it has freed, so small figures are rough.
+    by the kernel's own mark: a thread that looked now and then would take part of the time that is measured. A process
+    hands back late what it has freed, so small figures are rough.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
@@ -120,8 +116,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             ctypes.CDLL(None).malloc_trim(0)
-            self._before = resident_bytes()
-            self._thread.start()
+            Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now (man 5 proc)
+            self._before = memory_bytes("VmRSS")
         return self
 
     def __exit__(
@@ -130,19 +126,13 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
-            self._done.set()
-            self._thread.join()
-
-    def _watch(self) -> None:
-        finished = False
-        while not finished:
-            finished = self._done.wait(SAMPLE_SECONDS)
-            self.bytes = max(self.bytes, resident_bytes() - self._before)
+            self.bytes = memory_bytes("VmHWM") - self._before
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory_bytes(name: str) -> int:
+    """Memory of this process: `VmRSS` for what is in RAM, `VmHWM` for the most that was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def device_name(device: torch.device) -> str:

@@ -178,12 +178,10 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 def measure(
     config: BenchmarkConfig, model: Any, workload: Workload, batch_size: int
 ) -> tuple[Ceilings, dict[str, Measurement]]:
-    """All repeats of all backends, in turns, after one run of each to warm up."""
+    """All repeats of all backends, in turns, after one run of each to warm up, which tells its memory."""
     device = model.device
     names = config.backends or default_backends(config, device)
     prefill = replace(workload, limits=[1] * len(workload.limits))
-    # On a GPU the whole of it: what is compiled or captured for a shape of batch is not timed.
-    warm_up = workload if device.type == "cuda" else replace(workload, limits=[min(2, n) for n in workload.limits])
     measured, runs = {name: Measurement() for name in names}, {}
     ceilings = []
     for repeat in range(config.repeats + 1):
@@ -193,12 +191,12 @@ def measure(
             try:
                 if repeat == 0:
                     runs[name] = BACKENDS[name](model, batch_size)
-                    take(runs[name], warm_up)
+                    with PeakMemory(device) as memory:
+                        take(runs[name], workload)
+                    one.peak_memory_bytes = memory.bytes
                     continue
-                with PeakMemory(device) as memory:
-                    one.seconds.append(take(runs[name], workload))
+                one.seconds.append(take(runs[name], workload))
                 one.prefill_seconds.append(take(runs[name], prefill))
-                one.peak_memory_bytes = max(one.peak_memory_bytes, memory.bytes)
                 print(f"repeat {repeat} of {config.repeats}: {name} took {one.seconds[-1]:.2f} s", file=sys.stderr)
             except Exception as error:  # whatever a backend dies of, the others are still measured
                 one.failure = f"{type(error).__name__}: {error}".splitlines()[0]

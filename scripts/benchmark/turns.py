@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scripts.benchmark.ceilings import PeakMemory, resident_bytes, synchronize
+from scripts.benchmark.ceilings import PeakMemory, memory_bytes, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -99,7 +99,7 @@ class Turns:
         if not sys.stdin.readline():
             return False
         # On a CPU the memory's watch counts from where it starts.
-        self._memory_before = resident_bytes() if self.device.type == "cpu" else 0
+        self._memory_before = memory_bytes("VmRSS") if self.device.type == "cpu" else 0
         self._memory = PeakMemory(self.device)
         self._memory.__enter__()
         self._phase, self._phases = phase, {phase: 0.0}
