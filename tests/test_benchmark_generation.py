@@ -262,7 +262,7 @@ def ending_model(tiny_model: Callable[[str], str], tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("name", [name for name in BACKENDS if "compiled" not in name])
 def test_every_backend_draws_the_forced_lengths(name: str, ending_model: str) -> None:
     model = load_model(BenchmarkConfig(model=ending_model, dtype="fp32"), CPU)
-    workload = Workload([[5, 6, 7], [8], [9, 10, 11, 12, 13]], [5, 1, 9], seed=1)
+    workload = Workload([[5, 6, 7], [8], [9, 10, 11, 12, 13]], [5, 1, 9], 9, seed=1)
     seconds, responses = BACKENDS[name](model, 2)(workload)
     assert [len(response) for response in responses] == [5, 1, 9]
     assert all(0 <= token < model.config.vocab_size for response in responses for token in response)
@@ -270,7 +270,7 @@ def test_every_backend_draws_the_forced_lengths(name: str, ending_model: str) ->
 
 
 def test_a_response_of_another_length_is_no_measurement() -> None:
-    workload = Workload([[5], [6]], [3, 2], seed=1)
+    workload = Workload([[5], [6]], [3, 2], 3, seed=1)
     assert take(lambda _: (0.5, [[1, 2, 3], [4, 5]]), workload) == 0.5
     with pytest.raises(RuntimeError, match="drew 5 tokens where 5"):
         take(lambda _: (0.5, [[1, 2], [3, 4, 5]]), workload)
@@ -284,7 +284,7 @@ def test_figures_by_hand() -> None:
     costs = {"prefill": Cost(seconds=0.5), "decode": Cost(seconds=1.0)}
     baseline = Measurement(seconds=[4.0, 8.0, 6.0], prefill_seconds=[1.0, 1.0, 1.0])
     one = Measurement(seconds=[2.0, 5.0, 3.0], prefill_seconds=[1.0, 2.0, 1.0], peak_memory_bytes=7)
-    assert figures(one, baseline, costs, Workload([[1], [2]], [4, 6], seed=1)) == {
+    assert figures(one, baseline, costs, Workload([[1], [2]], [4, 6], 6, seed=1)) == {
         "seconds": [2.0, 5.0, 3.0],
         "prefill_seconds": [1.0, 2.0, 1.0],
         "tokens_per_second": pytest.approx(10 / 3),

@@ -29,6 +29,8 @@ class Workload:
     prompt_ids: list[list[int]]
     limits: list[int]
     """Tokens of each response."""
+    max_new_tokens: int
+    """Tokens that any response may have, which a backend that keeps its memory makes room for."""
     seed: int
 
 
@@ -47,7 +49,7 @@ def own_backend(name: str, model: Any, batch_size: int) -> Run:
     generator = GENERATORS[name](open_module, Endings.of(()), batch_size)
 
     def run(workload: Workload) -> tuple[float, list[list[int]]]:
-        sampling = SamplingConfig(max_new_tokens=max(workload.limits))
+        sampling = SamplingConfig(max_new_tokens=workload.max_new_tokens)
         seeds = [workload.seed + row for row in range(len(workload.limits))]
         work = partial(generator.generate, workload.prompt_ids, sampling, seeds, workload.limits)
         seconds, completions = timed(model.device, work)

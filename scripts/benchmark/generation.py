@@ -108,7 +108,7 @@ def draw_workload(config: BenchmarkConfig, vocab_size: int, device: torch.device
         drawn = max_response if config.workload == "fixed" else math.ceil(rng.expovariate(rate))
         limits.append(min(max(drawn, 1), max_response))
     prompt_ids = [[rng.randrange(vocab_size) for _ in range(width)] for width in widths]
-    return Workload(prompt_ids, limits, config.seed)
+    return Workload(prompt_ids, limits, max_response, config.seed)
 
 
 def load_model(config: BenchmarkConfig, device: torch.device) -> Any:
