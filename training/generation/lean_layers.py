@@ -1,7 +1,8 @@
 """Decoder layers of the Llama family in fewer and larger operations, for as long as a rollout lasts.
 
 What a decoding step costs beside its matrix products is the number of operations. Here projections of the same input
-are one product, and a layer is one function instead of thirteen modules; its numbers are the module's own.
+are one product, norms and rotations take half the operations, and a layer is one function instead of thirteen modules.
+Its numbers are the module's own but for rounding.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ from training.generation.attention_hook import AttentionCache
 
 # All of them: RMSNorm, attention with rotary positions, residual; RMSNorm, gated MLP, residual.
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+KNOWN_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 
-Projection = Callable[[Tensor], Tensor]
+TensorFunction = Callable[[Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -69,10 +71,11 @@ def _lean(layer: Any, cache: AttentionCache, rows: int) -> Callable[..., Tensor]
     heads = [part.out_features // head_dim for part in linears[0]]
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     rule = AttentionRule(attention.scaling, window)
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    norm_before, norm_between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+    query_norm, key_norm = (_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
 
     def forward(hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
-        projected = qkv(layer.input_layernorm(hidden))[0].unflatten(-1, (-1, head_dim))  # [tokens, heads, head_dim]
+        projected = qkv(norm_before(hidden))[0].unflatten(-1, (-1, head_dim))  # [tokens, heads, head_dim]
         turning, value = projected.split([heads[0] + heads[1], heads[2]], dim=1)
         if query_norm is not None and key_norm is not None:
             query, key = turning.split(heads[:2], dim=1)
@@ -80,7 +83,7 @@ def _lean(layer: Any, cache: AttentionCache, rows: int) -> Callable[..., Tensor]
         query, key = _rotated(turning, *position_embeddings).split(heads[:2], dim=1)
         attended = cache.attend(layer_idx, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), rule)
         hidden = hidden + out(attended.flatten(1)[None])
-        gate, up = gate_up(layer.post_attention_layernorm(hidden)).chunk(2, dim=-1)
+        gate, up = gate_up(norm_between(hidden)).chunk(2, dim=-1)
         return hidden + down(mlp.act_fn(gate) * up)
 
     return forward
@@ -91,13 +94,30 @@ def _merged(part: Any) -> Any:
     return part.base_layer if getattr(part, "merged", False) else part
 
 
+def _norm(module: Any) -> Any:
+    """RMSNorm (Zhang and Sennrich 2019, eq. 4) in float32, as the module's forward; what is no such norm, as it is."""
+    if type(module).__name__ not in KNOWN_NORMS:
+        return module
+    weight, epsilon = module.weight.detach(), module.variance_epsilon
+
+    def normed(x: Tensor) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return weight * (wide * length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()).to(x.dtype)
+
+    return normed
+
+
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34) of [tokens, heads, head_dim]; cosine and sine [1, tokens, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine[0, :, None] + torch.cat((-second, first), dim=-1) * sine[0, :, None]
+    (cosine, sine), half = (cosine[0, :, None], sine[0, :, None]), x.shape[-1] // 2
+    rotated = x * cosine
+    rotated[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sine[..., half:])
+    return rotated
 
 
-def _projection(layers: Sequence[nn.Linear], rows: int) -> Projection:
+def _projection(layers: Sequence[nn.Linear], rows: int) -> TensorFunction:
     """The products of one input with the weights of several layers, side by side."""
     weights = [layer.weight.detach() for layer in layers]
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
