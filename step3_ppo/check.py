@@ -11,12 +11,15 @@ from step3_ppo.rollout import Rollout
 from step3_ppo.scoring import OwnRows
 from training import distributed
 from training.accounting import peak_memory_gib
+from training.data import Batch
 from training.forward import response_logprobs
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Largest mean difference of log-probabilities per token that rounding explains."""
 SAMPLER_FACTOR = 5
 """The sampler, which decodes token by token, may differ by so much more."""
+ROWS_ALONE = 4
+"""Rows that the trainer computes once more, each by itself, to see what rounding makes of another batch."""
 
 
 def start_up_check(models: Models, rollout: Rollout, config: PpoConfig, seconds: Mapping[str, float]) -> str:
@@ -25,7 +28,7 @@ def start_up_check(models: Models, rollout: Rollout, config: PpoConfig, seconds:
     Args:
         seconds: that each phase of the rollout took.
 
-    Returns: a line with the ratio, the KL, the sampler's gap, tokens per second and memory.
+    Returns: a line with the ratio, the KL, the sampler's gap and the trainer's own, tokens per second and memory.
 
     Raises:
         RuntimeError: a number that must be 1 or 0 is not; with the likely cause.
@@ -37,8 +40,9 @@ def start_up_check(models: Models, rollout: Rollout, config: PpoConfig, seconds:
     log_ratio = (logprobs - rollout.logprobs[rows, :time])[part.response_mask]
     kl = (rollout.logprobs - rollout.ref_logprobs)[rollout.mask]
     gap = (logprobs - rollout.sampler_logprobs[rows, :time])[part.response_mask].abs()
-    ratio, ratio_error, mean_kl, kl_error, mean_gap = _means_over_ranks(
-        log_ratio.exp(), log_ratio.abs(), kl, kl.abs(), gap
+    rounding = _gap_to_rows_alone(models, part, logprobs, config.sampling.temperature)
+    ratio, ratio_error, mean_kl, kl_error, mean_gap, mean_rounding = _means_over_ranks(
+        log_ratio.exp(), log_ratio.abs(), kl, kl.abs(), gap, rounding
     )
 
     sampler_tolerance = SAMPLER_FACTOR * TOLERANCE[config.engine.precision]
@@ -64,11 +68,22 @@ def start_up_check(models: Models, rollout: Rollout, config: PpoConfig, seconds:
     response_tokens, all_tokens = int(rollout.mask.sum()), rollout.batch.num_tokens
     return (
         f"start-up check: ratio {ratio:.4f}, kl {kl_error:.4f}, "
-        f"sampler gap mean {mean_gap:.4f} p99 {rollout.worst_gap:.4f}"
+        f"sampler gap mean {mean_gap:.4f} p99 {rollout.worst_gap:.4f} (rounding {mean_rounding:.4f})"
         f"{' (not judged: top_k, top_p or min_new_tokens is set)' if restricted else ''}, "
         f"generate {response_tokens / seconds['generate']:.0f} tokens/s, "
         f"score {all_tokens / seconds['score']:.0f} tokens/s, memory {peak_memory_gib():.1f} GiB"
     )
+
+
+def _gap_to_rows_alone(models: Models, part: Batch, logprobs: Tensor, temperature: float) -> Tensor:
+    """[tokens] how far the [batch, time] log-probabilities of the first rows are from those of each row alone."""
+    gaps = []
+    for number in range(ROWS_ALONE):  # as many forwards on every rank
+        row = torch.tensor([number % len(part)])
+        alone = part.rows(row)
+        again = response_logprobs(models.actor, alone, temperature)[0].detach()
+        gaps.append((again - logprobs[row, : again.shape[1]])[alone.response_mask].abs())
+    return torch.cat(gaps)
 
 
 def _require(holds: bool, what: str, cause: str) -> None:

@@ -113,7 +113,7 @@ def test_before_the_first_update_ratio_is_1_and_kl_is_0(
     models, rollout, _ = start(config)
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
     line = check(models, rollout, config)
-    assert "ratio 1.0000, kl 0.0000, sampler gap mean 0.0000" in line
+    assert "ratio 1.0000, kl 0.0000, sampler gap mean 0.0000 p99 0.0000 (rounding 0.0000)" in line
     tokens = sum(len(completion.response_ids) for completion in rollout.completions)
     assert f"generate {tokens / 2:.0f} tokens/s" in line
 
@@ -126,6 +126,23 @@ def test_in_bf16_too_actor_and_reference_start_equal_to_the_bit(
     _, rollout, _ = start(make_config(lora=lora, engine=EngineConfig(zero_stage=0, precision="bf16")))
     assert rollout.logprobs[rollout.mask].count_nonzero() > 0
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+
+
+def test_the_check_tells_how_far_the_trainer_is_from_itself_in_another_batch(
+    make_config: Callable[..., PpoConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a forward whose log-probabilities are off by 0.01 for each row of its batch."""
+    config = make_config()
+    models, rollout, _ = start(config)
+    own = response_logprobs
+
+    def rounded(model: Any, batch: Batch, temperature: float) -> tuple[Tensor, None]:
+        return own(model, batch, temperature)[0] + 0.01 * (len(batch) - ROWS), None
+
+    ROWS = len(OwnRows(rollout.batch, config).micro_batches[0])
+    monkeypatch.setattr("step3_ppo.check.response_logprobs", rounded)
+    assert ROWS > 1
+    assert f"(rounding {0.01 * (ROWS - 1):.4f})" in check(models, rollout, config)
 
 
 def test_dropout_fails_the_check_and_is_named(make_config: Callable[..., PpoConfig]) -> None:
