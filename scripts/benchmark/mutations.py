@@ -318,6 +318,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "AttentionRule(attention.scaling, window)",
             "AttentionRule(attention.scaling)",
         ),
+        "positions turn the wrong way": ("sine[..., :half], value=-1)", "sine[..., :half])"),
     },
     "training/optim.py": {
         "the first step of the warm-up has learning rate 0": (
@@ -460,6 +461,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             "self.tokens += tokens",
             "self.tokens = tokens",
         ),
+        "a run whose folder is gone goes on": ("if not self._path.exists():", "if False:"),
     },
     "training/export.py": {
         "the moving average is not what is saved": ("replacements.get(name, parameter)", "parameter"),
