@@ -186,6 +186,9 @@ class PpoConfig:
     """The policy's ratio is clipped at 1 + clip_high; above clip_low leaves rare tokens room (Yu et al. 2025)."""
     dual_clip: float | None = None
     """Bound of the loss where the advantage is negative, usually 3 (Ye et al. 2020)."""
+    max_importance_weight: float | None = None
+    """Weigh each token's advantage by how much likelier the trainer finds it than the sampler did, up to this, usually
+    2. Corrects for sampling in other arithmetic, see `rollout/logprob_gap`. None for no weights."""
     value_clip: float | None = 0.2
     """The critic may move this far from its old value, in units of the return; None for no bound."""
     entropy_coefficient: float = 0.0
@@ -214,7 +217,7 @@ class PpoConfig:
             "kv_cache_gib",
         )
         check_range(self, "clip_low", "clip_high", "entropy_coefficient", "critic_warmup_iterations", low=0)
-        check_range(self, "dual_clip", low=1)
+        check_range(self, "dual_clip", "max_importance_weight", low=1)
         if self.estimator not in ADVANTAGE_ESTIMATORS:
             raise ValueError(f"estimator is {self.estimator}: choose one of {', '.join(ADVANTAGE_ESTIMATORS)}")
         if self.estimator in ("grpo", "rloo") and self.samples_per_prompt < 2:
@@ -237,6 +240,11 @@ class PpoConfig:
             raise ValueError(
                 "old_logprobs is rollout, but top_k, top_p or min_new_tokens makes the sampler draw from another "
                 "distribution than the one that is trained: set it to recompute"
+            )
+        if self.old_logprobs == "rollout" and self.max_importance_weight is not None:
+            raise ValueError(
+                "max_importance_weight compares the sampler with the actor's own forward, which old_logprobs rollout "
+                "saves: set that to recompute, or leave the weights out"
             )
         if self.responses % self.train_batch_size:
             raise ValueError(

@@ -20,6 +20,7 @@ from training.data import Batch, collate
 from training.examples import PromptExample
 from training.forward import critic_values, response_logprobs
 from training.generation.interface import Completion
+from training.losses import truncated_importance_weights
 from training.masking import masked_whiten
 from training.rewards import clip_scores, token_rewards
 
@@ -185,6 +186,10 @@ def make_experience(rollout: Rollout, config: PpoConfig, kl_coefficient: float) 
     )
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, rollout.mask)
+    if config.max_importance_weight is not None:
+        advantages = advantages * truncated_importance_weights(
+            rollout.logprobs, rollout.sampler_logprobs, rollout.mask, config.max_importance_weight
+        )
     experience = Experience(
         batch=rollout.batch,
         old_logprobs=rollout.logprobs,

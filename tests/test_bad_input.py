@@ -130,6 +130,12 @@ CONFIG_ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("step3_ppo", {"data.eval_size": 0}, "eval_size is 0"),
     ("step3_ppo", {"reward.path": "somewhere"}, "give either path.* or function"),
     ("step3_ppo", {"estimator": "grpo"}, "grpo compares responses to one prompt: set samples_per_prompt"),
+    ("step3_ppo", {"max_importance_weight": 0.5}, "max_importance_weight is 0.5"),
+    (
+        "step3_ppo",
+        {"max_importance_weight": 2, "old_logprobs": "rollout"},
+        "set that to recompute, or leave the weight",
+    ),
     ("step3_ppo", {"estimator": "best"}, "estimator is best: choose one of gae"),
     ("step3_ppo", {"train_batch_size": 6}, r"train_batch_size \(6\) does not divide"),
     ("step3_ppo", {"sampling.temperature": 0}, "temperature is 0: greedy responses"),

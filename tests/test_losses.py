@@ -14,6 +14,7 @@ from training.losses import (
     pairwise_reward_loss,
     policy_statistics,
     sft_loss,
+    truncated_importance_weights,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -97,6 +98,34 @@ def test_dual_clip_bounds_only_bad_tokens_that_became_much_likelier() -> None:
     assert one_token_policy_loss(5.0, -2.0, dual_clip=3.0) == pytest.approx((6.0, 0.0))
     assert one_token_policy_loss(2.5, -2.0, dual_clip=3.0) == pytest.approx((5.0, 5.0))
     assert one_token_policy_loss(5.0, 2.0, dual_clip=3.0) == pytest.approx((-2.4, 0.0))
+
+
+def test_importance_weights_by_hand() -> None:
+    """Twice as likely in the trainer, half, five times; padding holds garbage."""
+    logprobs = torch.tensor([[NAN, 0.0, 0.0, 0.0, INF]])
+    sampler = torch.tensor([[0.0, -math.log(2), math.log(2), -math.log(5), NAN]])
+    mask = torch.tensor([[False, True, True, True, False]])
+    weights = truncated_importance_weights(logprobs, sampler, mask, most=3.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 0.5, 3.0, 1.0]]))
+
+
+def test_weighed_tokens_of_the_sampler_teach_what_the_trainers_own_would() -> None:
+    """All tokens of a vocabulary, each as often as it is drawn; the policy has moved since."""
+    generator = torch.Generator().manual_seed(0)
+    old, sampler, moved, advantages = torch.randn(4, 50, dtype=torch.float64, generator=generator).unbind()
+    old, sampler = (0.3 * x.log_softmax(0)[:, None] for x in (old, sampler))
+    mask = torch.ones(50, 1, dtype=torch.bool)
+
+    def gradient(scaled: Tensor) -> Tensor:
+        logits = (0.3 * moved).requires_grad_()
+        loss = clipped_policy_loss(logits.log_softmax(0)[:, None], old, scaled, mask, 1, dual_clip=3.0)
+        return torch.autograd.grad(loss, logits)[0]
+
+    weights = truncated_importance_weights(old, sampler, mask, most=1e9)
+    expected = gradient(advantages[:, None] * old.exp())
+    torch.testing.assert_close(gradient(advantages[:, None] * sampler.exp() * weights), expected)
+    assert expected.abs().max() > 1e-3
+    assert not torch.allclose(gradient(advantages[:, None] * sampler.exp()), expected, rtol=0.01)
 
 
 def test_a_dual_clip_inside_the_range_is_refused() -> None:

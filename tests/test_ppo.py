@@ -726,6 +726,22 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_response_tokens(
     assert torch.equal(whitened.returns, plain.returns)
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+def test_importance_weights_scale_what_the_actor_learns_from_a_token_and_nothing_else(
+    make_config: Callable[..., PpoConfig], whitened: bool
+) -> None:
+    """Tokens that the trainer finds 1.5 times as likely as the sampler, half as likely, 4 times | as likely."""
+    ratios = torch.tensor([[1.0, 1.5, 0.5, 4.0], [1.0, 1.0, 1.0, 1.0]])
+    rollout = small_rollout()
+    rollout = replace(rollout, sampler_logprobs=rollout.logprobs - ratios.log())
+    plain, _ = make_experience(rollout, make_config(whiten_advantages=whitened), 0.05)
+    weighed, _ = make_experience(rollout, make_config(whiten_advantages=whitened, max_importance_weight=2.0), 0.05)
+    torch.testing.assert_close(weighed.advantages, plain.advantages * ratios.clamp(max=2.0))
+    assert plain.advantages[rollout.mask].count_nonzero() == 4
+    for name, tensor in plain.tensors().items():
+        assert name == "advantages" or torch.equal(weighed.tensors()[name], tensor)
+
+
 def test_whitened_rewards_keep_their_mean(make_config: Callable[..., PpoConfig]) -> None:
     """A5"""
     config = make_config(whiten_rewards=True, whiten_advantages=False, lam=1.0, kl=KlConfig(coefficient=0.1))

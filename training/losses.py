@@ -102,6 +102,26 @@ def clipped_policy_loss(
     return _divide(masked_sum(losses, mask), denominator)
 
 
+def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, most: float) -> Tensor:
+    """How much likelier the trainer finds each token than the sampler that drew it, up to a bound.
+
+        min(p / p_sampler, most)                         (the rho of V-trace, Espeholt et al. 2018, eq. 1)
+
+    An advantage times this weight makes of the policy's loss what it would be over tokens that the trainer had drawn.
+    The bound keeps a token that the sampler found very unlikely from deciding alone.
+
+    Args:
+        logprobs: [batch, time] log-probability of token t as the trainer computes it.
+        sampler_logprobs: [batch, time] the same as the sampler did.
+        mask: [batch, time] bool, true on response tokens.
+        most: at least 1; 2 is usual.
+
+    Returns: [batch, time], 1 outside `mask`.
+    """
+    check_same_shape(logprobs=logprobs, sampler_logprobs=sampler_logprobs, mask=mask)
+    return _log_ratio(logprobs, sampler_logprobs, mask).exp().clamp(max=most)
+
+
 def kl_loss(
     logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, denominator: Tensor | float
 ) -> Tensor:

@@ -106,6 +106,7 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "training/losses.py": {
+        "importance weights are not cut": (".exp().clamp(max=most)", ".exp()"),
         "the policy loss is the better of unclipped and clipped": (
             "losses = torch.maximum(-advantages * ratio,",
             "losses = torch.minimum(-advantages * ratio,",
