@@ -1,8 +1,8 @@
 """Decoder layers of the Llama family in fewer and larger operations, for as long as a rollout lasts.
 
 What a decoding step costs beside its matrix products is the number of operations. Here projections of the same input
-are one product, norms and rotations take half the operations, and a layer is one function instead of thirteen modules.
-Its numbers are the module's own but for rounding.
+are one product, norms and rotations pass over the rows fewer times, and a layer is one function instead of thirteen
+modules. Its numbers are the module's own but for rounding.
 """
 
 import contextlib
@@ -110,7 +110,8 @@ def _norm(module: Any) -> Any:
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34) of [tokens, heads, head_dim]; cosine and sine [1, tokens, head_dim]."""
-    (cosine, sine), half = (cosine[0, :, None], sine[0, :, None]), x.shape[-1] // 2
+    cosine, sine = cosine[0, :, None], sine[0, :, None]
+    half = x.shape[-1] // 2
     rotated = x * cosine
     rotated[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
     rotated[..., half:].addcmul_(x[..., :half], sine[..., half:])

@@ -26,7 +26,7 @@ from training.generation.responses import Responses
 from training.supervision import alive
 
 # Tokens of the prompts of one forward, padded to the longest of them, beside the tokens of the rows that decode: bounds
-# the memory of activations. Twice as many take a tenth more time on a CPU, whose caches they do not fit into.
+# the memory of activations. On a CPU more of them take longer: what is between two layers then leaves the caches.
 PROMPT_TOKENS_CPU = 1024
 PROMPT_TOKENS_GPU = 16384
 # Steps between two looks at which rows have ended, for which the host has to wait for the device.
