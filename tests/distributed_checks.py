@@ -30,6 +30,7 @@ from step3_ppo.ema import MovingAverage
 from step3_ppo.ppo import actor_loss, critic_loss, update
 from step3_ppo.rollout import Experience, sample_responses
 from step3_ppo.scoring import OwnRows, model_scorer
+from tests.launching import tell
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from tests.tiny_tokenizers import build_tokenizer
@@ -416,7 +417,7 @@ def outcomes(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Prints one line of JSON for each check. Arguments: names of checks, none for all."""
+    """Tells how each check went. Arguments: names of checks, none for all."""
     distributed.start(timeout_minutes=1)
     own = tempfile.TemporaryDirectory()
     folder = Path(distributed.gather_objects(own.name)[0])
@@ -426,7 +427,7 @@ def main() -> None:
     distributed.barrier()
     for name, failure in outcomes(folder, sys.argv[1:] or list(CHECKS)):
         if distributed.is_main():
-            print(json.dumps({"check": name, "failure": failure}), flush=True)
+            tell(name, failure)
     distributed.stop()
     own.cleanup()
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from step1_sft.train import demonstration_loss
 from tests import distributed_checks
 from tests.distributed_checks import PAD, outcomes, rows
+from tests.launching import tell
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from training import distributed
@@ -296,7 +297,7 @@ def checks(ranks: int, phase: str) -> dict[str, Callable[[Path], None]]:
 
 
 def run_rank(rank: int, ranks: int, port: int, phases: list[str], folder: Path) -> None:
-    """Prints one line of JSON for each check, from the first rank."""
+    """Tells how each check went, from the first rank."""
     values = (rank, rank, ranks, "127.0.0.1", port)
     os.environ.update(zip(distributed.LAUNCHER_VARIABLES, map(str, values), strict=True))
     distributed.start(timeout_minutes=3)
@@ -304,7 +305,7 @@ def run_rank(rank: int, ranks: int, port: int, phases: list[str], folder: Path) 
         distributed_checks.CHECKS = checks(ranks, phase)
         for name, failure in outcomes(folder, list(distributed_checks.CHECKS)):
             if distributed.is_main():
-                print(json.dumps({"check": name, "failure": failure}), flush=True)
+                tell(name, failure)
     distributed.stop()
 
 

@@ -1,15 +1,18 @@
 """Start programs of this project as a user does: under DeepSpeed's launcher, under torchrun, or alone."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from training.distributed import LAUNCHER_VARIABLES, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTCOMES = "OUTCOMES_OF_CHECKS"  # the variable that names the file where checks tell how they went
 
 
 def under_deepspeed(module: str, *arguments: str, processes: int = 2) -> list[str]:
@@ -53,6 +56,19 @@ def run_well(command: Sequence[str], timeout_seconds: float = 180) -> str:
     result = run(command, timeout_seconds)
     assert result.returncode == 0, f"{' '.join(command)} ended with {result.returncode}\n{result.stdout}{result.stderr}"
     return result.stdout
+
+
+def failures_of(command: Sequence[str], timeout_seconds: float) -> dict[str, str]:
+    """What went wrong in each check of a program that tells it, by name: nothing where the check held."""
+    with tempfile.NamedTemporaryFile() as file:
+        run_well(["env", f"{OUTCOMES}={file.name}", *command], timeout_seconds)
+        return dict(json.loads(line) for line in file)
+
+
+def tell(check: str, failure: str) -> None:
+    """For `failures_of`, or printed without it: a line, whole also where several processes tell at once."""
+    with open(os.environ.get(OUTCOMES, "/dev/stdout"), "ab", buffering=0) as file:
+        file.write(json.dumps([check, failure]).encode() + b"\n")
 
 
 def environment() -> Mapping[str, str]:

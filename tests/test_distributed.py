@@ -1,20 +1,17 @@
 """Two ranks do what one does, and none waits for a rank that is gone."""
 
-import json
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.launching import run, run_well, under_deepspeed, under_torchrun
+from tests.launching import failures_of, run, under_deepspeed, under_torchrun
 
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """What went wrong in each check, all run in one launch."""
-    printed = run_well(under_torchrun("tests.distributed_checks"), timeout_seconds=240)
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {line["check"]: line["failure"] for line in lines}
+    return failures_of(under_torchrun("tests.distributed_checks"), timeout_seconds=240)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tests.engine_state_checks import (
     saved_at,
     take_steps,
 )
-from tests.launching import alone, run_well
+from tests.launching import alone, failures_of
 from training.config import EngineConfig, LoraConfig, ModelConfig
 from training.engine import train_engine
 from training.engine_state import fragments, load, size, snapshot, write
@@ -47,9 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def failures(folder: Path) -> dict[str, str]:
     """What went wrong in each check of all ranks."""
-    printed = run_well(alone("tests.engine_state_checks", str(folder)), timeout_seconds=600)
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {line["check"]: line["failure"] for line in lines}
+    return failures_of(alone("tests.engine_state_checks", str(folder)), timeout_seconds=600)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Numbers about tokens from hidden states in chunks: those of the whole logits, which are never held."""
 
 import copy
-import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from tests.launching import run_well, under_torchrun
+from tests.launching import failures_of, under_torchrun
 from tests.test_forward import batch_of
 from tests.test_packing import KNOWN, assert_same_gradients, loaded, numbers_and_gradients
 from tests.tiny_tokenizers import VOCAB_SIZE
@@ -342,9 +341,7 @@ def test_the_last_positions_take_one_product_with_a_frozen_head() -> None:
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """What went wrong in each check on two ranks, all run in one launch."""
-    printed = run_well(under_torchrun("tests.head_checks"), timeout_seconds=240)
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {line["check"]: line["failure"] for line in lines}
+    return failures_of(under_torchrun("tests.head_checks"), timeout_seconds=240)
 
 
 @pytest.mark.parametrize("check", ["tied", "untied", "frozen"])

@@ -41,7 +41,7 @@ from tests.invariance_checks import (
     gradients,
     pairs_of,
 )
-from tests.launching import run_well, under_torchrun
+from tests.launching import failures_of, under_torchrun
 from tests.tiny_models import CONFIGS, save_tiny_model
 from tests.tiny_runs import SPLIT_EVERYTHING
 from tests.tiny_tokenizers import EOS, PAD
@@ -251,9 +251,7 @@ def test_one_rank_gives_the_gradients_at_any_zero_stage(process_group: None, run
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
     """What went wrong in each check on two ranks, all run in one launch."""
-    printed = run_well(under_torchrun("tests.invariance_checks"), timeout_seconds=240)
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {line["check"]: line["failure"] for line in lines}
+    return failures_of(under_torchrun("tests.invariance_checks"), timeout_seconds=240)
 
 
 @pytest.mark.parametrize("check", CHECKS)
