@@ -271,7 +271,8 @@ def test_mixed_texts_have_about_the_mean_of_equal_ones() -> None:
 def fake_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     """Answers as often as its job says, then dies."""
     (tmp_path / "fake_worker.py").write_text(
-        "import time\n"
+        "import os, time\n"
+        "os.write(1, b'[noise of an import]\\n')\n"
         "from scripts.benchmark.turns import Turns\n"
         "turns = Turns()\n"
         "print('noise, and not an answer')\n"

@@ -1,7 +1,7 @@
 """Programs that set up once and do one timed piece of work whenever they are asked, so that several can take turns.
 
 A driver writes JSON lines to a worker's standard input: first the job, then one line for each turn. The worker answers
-each turn with one JSON line on standard output; everything else that is printed there goes to standard error.
+each turn with one JSON line in a pipe of its own: libraries print to standard output as early as they are imported.
 """
 
 import ctypes
@@ -39,29 +39,32 @@ class Worker:
         """
         self.log = log
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        answers, end = os.pipe()
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [python, "-m", module],
+                [python, "-m", module, str(end)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=file,
                 stderr=file,
+                pass_fds=[end],
                 text=True,
                 env=environment,
             )
+        os.close(end)  # the worker alone has it, and its death ends the pipe
+        self._answers = os.fdopen(answers)
         self._send(job)
 
     def turn(self) -> dict[str, Any]:
         """Asks for one turn. Raises WorkerFailed with the last line that the worker printed, if it has ended."""
         self._send({"turn": True})
-        assert self._process.stdout is not None
-        answer = self._process.stdout.readline()
+        answer = self._answers.readline()
         if not answer:
             raise WorkerFailed(self._last_words())
         return json.loads(answer)
 
     def close(self) -> None:
         """Lets the worker end, and waits for that."""
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self._process.stdin, self._answers):
             try:
                 if stream is not None:
                     stream.close()
@@ -89,8 +92,7 @@ class Turns:
     """The worker's end: the job, and one clock for each turn. A turn is a sequence of named phases."""
 
     def __init__(self) -> None:
-        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
+        self._answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
         self.job: dict[str, Any] = json.loads(sys.stdin.readline())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
