@@ -19,6 +19,7 @@ LAYERS = (
     {
         "config",
         "config_files",
+        "cpu_memory",
         "distributed",
         "formats",
         "records",

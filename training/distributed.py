@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from training.cpu_memory import reuse_memory
 from training.durable import CannotWrite
 from training.untrusted import check_versions
 
@@ -73,6 +74,7 @@ def start(timeout_minutes: float) -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     else:
+        reuse_memory()
         # Else DeepSpeed compiles a C++ all-reduce that training never calls: it takes minutes, and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
