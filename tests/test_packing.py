@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.test_forward import batch_of
 from tests.tiny_models import CONFIGS
+from training.attention import SHORT_TOKENS, ByLength, length_classes
 from training.config import LoraConfig, ModelConfig
 from training.data import Batch
 from training.forward import critic_values, response_logprobs, reward_scores
 from training.models import load_causal_lm, load_scalar_model
-from training.packing import ARCHITECTURES, packs
+from training.packing import ARCHITECTURES, PackedBatch, packs
 
 TinyModel = Callable[[str], str]
 KNOWN = sorted({*CONFIGS, "phi3"})
@@ -51,13 +52,35 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 @pytest.mark.parametrize("architecture", KNOWN)
 def test_packed_logprobs_entropy_and_gradients_are_the_padded_ones(tiny_model: TinyModel, architecture: str) -> None:
     """F1"""
-    path = tiny_model(architecture)
+    compare_packed_with_padded(tiny_model(architecture), batch_of())
+
+
+def compare_packed_with_padded(path: str, batch: Batch) -> None:
+    """Log-probabilities, entropies, and gradients of both."""
     (expected, gradients), (found, own) = (
-        numbers_and_gradients(loaded(path, packing), batch_of()) for packing in (False, True)
+        numbers_and_gradients(loaded(path, packing), batch) for packing in (False, True)
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     assert_same_gradients(own, gradients)
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_rows_laid_out_by_their_length_give_the_padded_numbers(
+    tiny_model: TinyModel, tiny_reward_model: TinyModel, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F1"""
+    monkeypatch.setattr("training.attention.SHORT_TOKENS", 10)
+    batch = batch_of(order=[1, 4, 0, 3, 2])
+    assert isinstance(PackedBatch(batch.input_ids, batch.attention_mask).sequences, ByLength)
+    compare_packed_with_padded(tiny_model(architecture), batch)
+    if architecture in CONFIGS:
+        compare_values_and_scores(tiny_reward_model(architecture), [batch])
+
+
+def test_classes_of_lengths_end_at_the_length_where_the_kernel_changes() -> None:
+    lengths = torch.tensor([1, 96, 97, SHORT_TOKENS, SHORT_TOKENS + 1, 384, 385, 2**20])
+    assert length_classes(lengths).tolist() == [0, 0, 1, 1, 2, 2, 3, 14]
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])

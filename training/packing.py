@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from training.attention import AttentionRule, Branching, SideBySide, configs_of
+from training.attention import AttentionRule, Branching, ByLength, SideBySide, configs_of, length_classes
 
 NAME = "sdpa_packed"
 # Architectures that hand what a call brings along down to their attention; tests compare each with its padded forward.
@@ -36,10 +36,18 @@ class PackedBatch:
         self.shape = input_ids.shape
         self.places = real.flatten().nonzero()[:, 0]
         lengths, groups = _lengths_and_groups(input_ids, real)
-        self.sequences: SideBySide | Branching
+        # On a GPU each class would be kernels of its own.
+        classes = length_classes(lengths) if input_ids.device.type == "cpu" else torch.zeros_like(lengths)
+        self.sequences: SideBySide | ByLength | Branching
         if groups:
             own, self._numbers = (x.to(input_ids.device) for x in _numbered_once(self.shape, lengths, groups))
             self.sequences = _branching(lengths, groups, input_ids.device)
+        elif classes.min() < classes.max():
+            order = classes.argsort(stable=True)
+            row, column = real[order].nonzero().unbind(1)
+            own = order[row] * self.shape[1] + column
+            self._numbers = own.new_zeros(real.numel()).index_copy(0, own, torch.arange(len(own)))
+            self.sequences = ByLength(lengths[order], input_ids.device)
         else:
             own, self._numbers = self.places, real.flatten().cumsum(0) - 1
             self.sequences = SideBySide(lengths, input_ids.device)

@@ -166,6 +166,10 @@ MUTATIONS: dict[str, dict[str, tuple[str, str]]] = {
             'AttentionRule(options.get("scaling"),',
             "AttentionRule(1.0,",
         ),
+        "rows by their length are given back in another order": (
+            "own = order[row] * self.shape[1] + column",
+            "own = row * self.shape[1] + column",
+        ),
         "padding is taken for a shared beginning": ("& real[1:] & real[:-1]", ""),
     },
     "training/attention.py": {
