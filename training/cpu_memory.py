@@ -7,8 +7,8 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1
 
-# Products of matrices that oneDNN keeps compiled. Each shape is one and took some 4 MB in bf16, so that the 1,024 that it
-# would keep grew a run by gigabytes. All layers of a model have the same shapes: a micro-batch needs some 40.
+# Products of matrices that oneDNN keeps compiled. Each shape is one and took some 4 MB in bf16, so that the 1,024 which
+# it would keep grew a run by gigabytes. All layers of a model have the same shapes: a micro-batch needs some 40.
 KEPT_PRODUCTS = 128
 
 
