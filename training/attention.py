@@ -30,6 +30,7 @@ class SideBySide:
         self.shape = (len(lengths), len(column))
         # Where each token stands in [sequences x longest]. Padding is on the right: causal attention never looks there.
         self.places = (column < lengths[:, None]).flatten().nonzero()[:, 0].to(device)
+        self._has_padding = len(self.places) < self.shape[0] * self.shape[1]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """Causal attention within each sequence.
@@ -53,10 +54,13 @@ class SideBySide:
         in_16_bits = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
         is_short = in_16_bits and key.shape[2] <= SHORT_TOKENS
         attended = (by_products if is_short else attention)(query, key, value, mask, rule)
-        return attended.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        attended = attended.transpose(1, 2).flatten(0, 1)
+        return attended.index_select(0, self.places) if self._has_padding else attended
 
     def laid_out(self, x: Tensor) -> Tensor:
         """[heads, tokens, head_dim] -> [sequences, heads, longest, head_dim], 0 in padding."""
+        if not self._has_padding:
+            return x.unflatten(1, self.shape).transpose(0, 1)
         rows = x.new_zeros(self.shape[0] * self.shape[1], x.shape[0], x.shape[2])
         return rows.index_copy(0, self.places, x.transpose(0, 1)).unflatten(0, self.shape).transpose(1, 2)
 
@@ -176,23 +180,28 @@ SHORT_TOKENS = 192
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:
-    """[batch, heads, queries, head_dim]; a mask is bool or additive, and without one it is causal."""
+    """[batch, heads, queries, head_dim]; a mask is bool or additive in their type, and without one it is causal."""
     if rule.softcap is not None:
         return by_products(query, key, value, mask, rule)
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=rule.scaling)
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:
-    """As `attention`, by its definition."""
+    """As `attention`, by its definition. The softmax sums in float32, whatever the type of what it gets."""
     scale = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
-    products = (query @ key.transpose(-1, -2)).float().mul_(scale)
-    if rule.softcap is not None:
-        products = rule.softcap * torch.tanh(products / rule.softcap)
     if mask is None:
-        mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask.dtype == torch.bool:
-        mask = additive(mask, torch.float32)
-    return (products + mask).softmax(-1).to(value.dtype) @ value
+        mask = additive(mask, query.dtype)
+    if rule.softcap is None:
+        # Scaled and masked as they are made: on a CPU each pass over them would take as long.
+        seen = mask.expand(*query.shape[:3], key.shape[2]).flatten(0, 1)
+        products = torch.baddbmm(seen, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale)
+        products = products.unflatten(0, query.shape[:2])
+    else:
+        products = (query @ key.mT).float() * (scale / rule.softcap)
+        products = rule.softcap * torch.tanh(products) + mask
+    return products.softmax(-1).to(value.dtype) @ value
 
 
 def configs_of(module: nn.Module) -> list[PretrainedConfig]:
