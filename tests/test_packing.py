@@ -79,8 +79,8 @@ def test_rows_laid_out_by_their_length_give_the_padded_numbers(
 
 
 def test_classes_of_lengths_end_at_the_length_where_the_kernel_changes() -> None:
-    lengths = torch.tensor([1, 96, 97, SHORT_TOKENS, SHORT_TOKENS + 1, 384, 385, 2**20])
-    assert length_classes(lengths).tolist() == [0, 0, 1, 1, 2, 2, 3, 14]
+    lengths = torch.tensor([1, 96, 97, 192, 193, SHORT_TOKENS, SHORT_TOKENS + 1, 768, 769, 2**20])
+    assert length_classes(lengths).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 14]
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)], ids=["whole", "adapters"])

@@ -85,10 +85,10 @@ def length_classes(lengths: Tensor) -> Tensor:
     """Which sequences are laid out next to each other: [sequences] long, the class of each.
 
     Next to a long sequence a short one costs as much: on a CPU, attention to 16 sequences of 8 to 256 tokens took three
-    times as long as in the classes up to 96, 192 and 384. None goes past `SHORT_TOKENS` from below, so that the length
-    of a sequence alone says how its attention is computed.
+    times as long as in classes up to 96, 192 and 384. None goes past `SHORT_TOKENS` from below, so that the length of a
+    sequence alone says how its attention is computed.
     """
-    return torch.bucketize(lengths, SHORT_TOKENS // 2 * 2 ** torch.arange(32))
+    return torch.bucketize(lengths, SHORT_TOKENS // 4 * 2 ** torch.arange(32))
 
 
 class Branches:
@@ -174,9 +174,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-# On a CPU, up to so many tokens, torch's attention in 16 bits takes up to three times as long, forwards and backwards,
-# as the products that it stands for. Forwards alone it is the faster one, but scorer and trainer must do the same.
-SHORT_TOKENS = 192
+# On a CPU, up to so many tokens, torch's attention in 16 bits takes one and a half to three times as long, forwards and
+# backwards, as the products that it stands for. Forwards alone it is faster, but scorer and trainer must do the same.
+SHORT_TOKENS = 384
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: AttentionRule) -> Tensor:

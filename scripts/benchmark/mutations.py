@@ -9,7 +9,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/rewards.py": ("test_rewards.py", "test_ppo.py"),
     "training/forward.py": ("test_forward.py", "test_packing.py", "test_ppo.py"),
     "training/packing.py": ("test_packing.py", "test_shared_prompts.py", "test_forward.py"),
-    "training/attention.py": ("test_packing.py", "test_shared_prompts.py", "test_generation.py"),
+    "training/attention.py": ("test_attention.py", "test_packing.py", "test_shared_prompts.py", "test_generation.py"),
     "training/tokenization.py": ("test_data.py", "test_models.py"),
     "training/data.py": ("test_data.py", "test_forward.py", "test_loop.py", "test_distributed.py"),
     "training/models.py": ("test_models.py", "test_export.py", "test_ppo.py"),
