@@ -54,8 +54,7 @@ class SideBySide:
         in_16_bits = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
         is_short = in_16_bits and key.shape[2] <= SHORT_TOKENS
         attended = (by_products if is_short else attention)(query, key, value, mask, rule)
-        attended = attended.transpose(1, 2).flatten(0, 1)
-        return attended.index_select(0, self.places) if self._has_padding else attended
+        return attended.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """[heads, tokens, head_dim] -> [sequences, heads, longest, head_dim], 0 in padding."""
